@@ -1,0 +1,1 @@
+"""Pools and clients from real data, and the LightningDataModule that probes them."""

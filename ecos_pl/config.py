@@ -1,0 +1,511 @@
+"""Every option of a run, with its default, its range and its help line.
+
+To add a part (say `task=distillation`): write its dataclass with a `name`, and list it in the
+`part(...)` of its group in `Config`.
+"""
+# ruff: noqa: RUF009 - option() and part() return dataclasses.field(...)
+
+import contextlib
+import dataclasses
+import re
+import textwrap
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ecos_pl.overrides import (
+    NONE_WORDS,
+    REQUIRED,
+    CommandLine,
+    ConfigError,
+    Part,
+    Resolver,
+    Setting,
+    bounds_in_words,
+    check,
+    fields_of,
+    groups_of,
+    nearest,
+    option,
+    parse_command_line,
+    part,
+    parts_of,
+    read_yaml,
+    type_in_words,
+)
+
+__all__ = [
+    "ClientPrototypesOptions",
+    "CommandLine",
+    "Config",
+    "ConfigError",
+    "CsvOptions",
+    "EncoderOptions",
+    "FolderOptions",
+    "MixedDigitsOptions",
+    "NoLoggerOptions",
+    "PrivacyOptions",
+    "ProbeOptions",
+    "PublicLabelsOptions",
+    "SelectionOptions",
+    "SelfLabelingOptions",
+    "TrainerOptions",
+    "WandbOptions",
+    "help_text",
+    "load_config",
+    "parse_command_line",
+    "to_dict",
+    "to_yaml",
+]
+
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
+_WEIGHTS = (
+    "auto: the packaged ImageNet weights for tf_efficientnet_lite0, else timm's pretrained "
+    "weights; or pretrained, random, or a weight file"
+)
+_WORKERS = "processes that read images; null: from the number of CPU cores"
+_DEVICES = (
+    lambda value: re.fullmatch(r"auto|-1|[1-9]\d*|(\d+,)+\d*", str(value)) is not None,
+    "auto, a number of devices, -1 for all, or indices as in 0,1",
+)
+_DURATION = (
+    lambda value: re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value) is not None,
+    "a duration DD:HH:MM:SS",
+)
+_SHARE = (
+    lambda value: isinstance(value, int) or value <= 1,
+    "a number of batches (10) or a share of them (0.1, at most 1.0)",
+)
+
+
+@dataclass
+class MixedDigitsOptions(Part):
+    """Shipped benchmark: handwritten digits hidden in a pool of other images."""
+
+    name: str = "mixed_digits"
+
+
+@dataclass
+class FolderOptions(Part):
+    """Your own images, in folders."""
+
+    name: str = "folder"
+    pool: str = option(REQUIRED, "folder of the public pool's images")
+    client: str = option(REQUIRED, "folder of the client's images")
+    client_domain: str | None = option(
+        None, "domain folder of the pool that the client's images come from, for evaluation only"
+    )
+
+
+@dataclass
+class EncoderOptions:
+    """The public, frozen network that embeds pool and client images."""
+
+    name: str = option("tf_efficientnet_lite0", "a timm model")
+    weights: str = option("auto", _WEIGHTS)
+    image_size: int = option(48, "side of the images it sees, in pixels", minimum=16)
+    batch_size: int = option(256, "images embedded at once, on each device", minimum=1)
+    num_workers: int | None = option(None, _WORKERS, minimum=0)
+
+
+@dataclass
+class ProbeOptions:
+    """What the client is asked about: the pool, compressed to centroids."""
+
+    num_clusters: int | None = option(
+        None,
+        "centroids R the client is asked about; null: from pool size and noise",
+        minimum=2,
+    )
+    num_dims: int = option(64, "principal components the centroids live in", minimum=1)
+    num_iters: int = option(25, "k-means iterations at most", minimum=1)
+    attempt: int = option(
+        0, "another number asks the client anew, at its expense: after a lost answer", minimum=0
+    )
+    cache_dir: str | None = option(
+        None, "folder for pool embeddings and clusters; null: run_root/cache"
+    )
+
+
+@dataclass
+class PrivacyOptions:
+    """What the client's answers may reveal."""
+
+    noise_std: float = option(
+        5.0,
+        "standard deviation of the noise on each coverage count, in images",
+        minimum=0.5,
+        maximum=1_000_000,
+    )
+    sample_rate: float = option(
+        1.0,
+        "chance that a client image takes part in an answer (Poisson)",
+        above=0,
+        maximum=1,
+    )
+    delta: float = option(
+        1e-5, "delta of the (epsilon, delta) guarantee, a probability", above=0, below=1
+    )
+    max_epsilon: float = option(
+        2.0,
+        "total epsilon that this run may spend, labels included; the label release gets what "
+        "the coverage counts leave",
+        above=0,
+    )
+
+
+@dataclass
+class SelectionOptions:
+    """Which pool images become the proxy set."""
+
+    strategy: str = option(
+        "ecos",
+        "ecos: where the client's images lie; random: uniformly; all: the whole pool",
+        choices=("ecos", "random", "all"),
+    )
+    size: int = option(1500, "images in the proxy set; ignored by all", minimum=1)
+
+
+@dataclass
+class ClientPrototypesOptions(Part):
+    """Labels from noisy class means that the client releases."""
+
+    name: str = "client_prototypes"
+    num_dims: int = option(32, "dimensions that the class means live in", minimum=1)
+    num_views: int = option(
+        4,
+        "random views per image that show which directions tell nothing of the class; 0: plain "
+        "principal components",
+        minimum=0,
+    )
+    noise_multiplier: float | None = option(
+        None,
+        "noise standard deviation ÷ sensitivity of the label release; null: calibrated to "
+        "privacy.max_epsilon",
+        above=0,
+    )
+
+
+@dataclass
+class PublicLabelsOptions(Part):
+    """Labels that the pool already carries."""
+
+    name: str = "public"
+
+
+@dataclass
+class SelfLabelingOptions(Part):
+    """Train a classifier on the labelled proxy set, with unlabelled pool images if wanted."""
+
+    name: str = "self_labeling"
+    backbone: str = option("tf_efficientnet_lite0", "the timm model to train")
+    weights: str = option("auto", _WEIGHTS)
+    image_size: int = option(48, "side of the training images, in pixels", minimum=16)
+    batch_size: int = option(64, "labelled images per step, on each device", minimum=1)
+    learning_rate: float = option(1e-3, "highest learning rate, per step", above=0)
+    weight_decay: float = option(1e-2, "decoupled weight decay", minimum=0)
+    label_smoothing: float = option(
+        0.1, "share of the target spread over all classes", minimum=0, below=1
+    )
+    ema_decay: float | None = option(
+        0.99, "decay of the averaged weights per step; null: no averaging", minimum=0, below=1
+    )
+    augment: str = option(
+        "affine",
+        "crop shifts; affine turns, scales and shears too; …_flip also mirrors, not for digits "
+        "or text",
+        choices=("none", "crop", "crop_flip", "affine", "affine_flip"),
+    )
+    consistency_weight: float = option(
+        0.0,
+        "weight of the FixMatch loss on unlabelled images of the kept clusters; 0: off",
+        minimum=0,
+    )
+    consistency_threshold: float = option(
+        0.95,
+        "confidence from which an unlabelled image counts, a probability",
+        minimum=0,
+        maximum=1,
+    )
+    unlabeled_ratio: int = option(2, "unlabelled images per labelled one in a batch", minimum=1)
+    val_fraction: float = option(
+        0.1, "share of the proxy set held out to follow training", minimum=0, below=0.5
+    )
+    num_workers: int | None = option(None, _WORKERS, minimum=0)
+
+
+@dataclass
+class TrainerOptions:
+    """Passed to lightning.Trainer as they are."""
+
+    max_epochs: int = option(6, "passes over the proxy set; -1: no limit", minimum=-1)
+    max_steps: int = option(-1, "optimizer steps at most; -1: no limit", minimum=-1)
+    accelerator: str = option(
+        "auto", "hardware to train on", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+    )
+    devices: int | str = option(
+        "auto", "number of devices, -1 for all, or indices as in 0,1", rule=_DEVICES
+    )
+    num_nodes: int = option(1, "machines", minimum=1)
+    strategy: str = option("auto", "how devices share the work: auto, ddp, fsdp, …")
+    precision: str = option("32-true", "arithmetic of the training steps", choices=_PRECISIONS)
+    gradient_clip_val: float | None = option(
+        None, "gradient norm above which gradients are scaled down; null: never", minimum=0
+    )
+    accumulate_grad_batches: int = option(1, "batches per optimizer step", minimum=1)
+    limit_train_batches: int | float = option(
+        1.0, "training batches per epoch: a number (10) or a share (0.1)", minimum=0, rule=_SHARE
+    )
+    limit_val_batches: int | float = option(
+        1.0, "validation batches: a number (10) or a share (0.1)", minimum=0, rule=_SHARE
+    )
+    limit_test_batches: int | float = option(
+        1.0, "test batches: a number (10) or a share (0.1)", minimum=0, rule=_SHARE
+    )
+    check_val_every_n_epoch: int = option(1, "epochs between two validations", minimum=1)
+    log_every_n_steps: int = option(10, "steps between two log lines", minimum=1)
+    deterministic: bool = option(False, "same result every time, slower on a GPU")
+    fast_dev_run: bool = option(False, "one batch of everything, no logs: does it run at all?")
+    enable_progress_bar: bool = option(True, "show a progress bar")
+    profiler: str | None = option(
+        None, "report where the time goes", choices=("simple", "advanced", "pytorch")
+    )
+    max_time: str | None = option(None, "stop after this time, DD:HH:MM:SS", rule=_DURATION)
+
+
+@dataclass
+class CsvOptions(Part):
+    """Metrics in a CSV file in the run folder."""
+
+    name: str = "csv"
+
+
+@dataclass
+class WandbOptions(Part):
+    """Metrics, figures and samples in Weights & Biases."""
+
+    name: str = "wandb"
+    project: str = option("ecos", "project the run is filed under")
+    entity: str | None = option(None, "user or team; null: your W&B default")
+    group: str | None = option(None, "group of runs, such as a sweep over seeds")
+    tags: list[str] = option([], "labels on the run, as in [baseline,small]")
+    mode: str = option(
+        "online",
+        "offline keeps the run on disk for `wandb sync`",
+        choices=("online", "offline", "disabled"),
+    )
+
+
+@dataclass
+class NoLoggerOptions(Part):
+    """No metrics kept."""
+
+    name: str = "none"
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    seed: int = option(1, "of everything drawn on the cloud's side", minimum=0, maximum=2**32 - 1)
+    run_id: str | None = option(
+        None,
+        "name of the run folder; default: made from the config, so the same config is the same run",
+    )
+    run_root: str = option("runs", "folder of all run folders")
+    experiment: str | None = option(None, "a file configs/experiment/NAME.yaml to start from")
+    train_on: str = option(
+        "proxy_set",
+        "client: train locally on the client's own images, no probe; a reference line for "
+        "simulations",
+        choices=("proxy_set", "client"),
+    )
+    data: Part = part(MixedDigitsOptions, FolderOptions)
+    encoder: EncoderOptions = field(default_factory=EncoderOptions)
+    probe: ProbeOptions = field(default_factory=ProbeOptions)
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
+    labels: Part = part(ClientPrototypesOptions, PublicLabelsOptions)
+    task: Part = part(SelfLabelingOptions)
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+    logger: Part = part(CsvOptions, WandbOptions, NoLoggerOptions)
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load_config(argv: Sequence[str], *, config_dir: Path) -> Config:
+    """Build the config: defaults < experiment < --config file < `key=value`.
+
+    Args:
+        argv: the arguments after the program's name.
+        config_dir: the folder that holds `experiment/*.yaml`.
+
+    Raises:
+        ConfigError: one line that says what is wrong, where, and the nearest valid name.
+    """
+    command_line = parse_command_line(argv)
+    file = Path(command_line.config_file).expanduser() if command_line.config_file else None
+    layers = [read_yaml(file) if file else [], command_line.settings]
+    experiment = _experiment_named(layers)
+    layers.insert(0, _read_experiment(experiment, config_dir) if experiment else [])
+
+    resolver = Resolver(Config, layers)
+    values = resolver.values()
+    options = {key: option_field for key, (option_field, _) in resolver.options().items()}
+    places = {key: where for key, (_, where) in values.items()}
+    with _in_one_line(places):
+        node = OmegaConf.structured(resolver.instance())
+        for key, (value, _) in values.items():
+            OmegaConf.update(node, key, value)
+        missing = OmegaConf.missing_keys(node)
+        if asked := [key for key in options if key in missing]:
+            advice = " ".join(f"{key}={key.rpartition('.')[2].upper()}" for key in asked)
+            raise ConfigError(f"no value for {' and '.join(asked)}: write {advice}")
+        for key, option_field in options.items():
+            value = OmegaConf.select(node, key)  # resolves ${…}
+            check(key, value, option_field, places.get(key, ""))
+        config = OmegaConf.to_object(node)
+    assert isinstance(config, Config)
+    return config
+
+
+@contextlib.contextmanager
+def _in_one_line(places: dict[str, str]) -> Iterator[None]:
+    # What is left for OmegaConf to refuse is interpolation: a ${…} that leads nowhere.
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        key, first_line = error.full_key or "config", str(error).partition("\n")[0]
+        raise ConfigError(f"{places.get(key, '')}{key}: {first_line}") from None
+
+
+def _experiments(config_dir: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted((config_dir / "experiment").glob("*.yaml"))}
+
+
+def _experiment_named(layers: Sequence[Sequence[Setting]]) -> Setting | None:
+    named = [s for settings in layers for s in settings if s.key == "experiment"]
+    if not named or (not named[-1].quoted and str(named[-1].value).lower() in (*NONE_WORDS, "")):
+        return None
+    return named[-1]
+
+
+def _read_experiment(setting: Setting, config_dir: Path) -> list[Setting]:
+    name, experiments = str(setting.value), _experiments(config_dir)
+    if name not in experiments:
+        listed = ", ".join(experiments) or f"none in {config_dir / 'experiment'}"
+        raise ConfigError(
+            f"{setting.where}no experiment {name!r}{nearest(name, experiments)} "
+            f"(there are: {listed})"
+        )
+    settings = read_yaml(experiments[name])
+    for inner in settings:
+        if inner.key == "experiment":
+            raise ConfigError(f"{inner.where}an experiment cannot start from another experiment")
+    return settings
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Writes strings so that they read back as strings."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.Node:
+        # Unquoted, `none` would read back as no value; unescaped, `${` would be resolved.
+        style = '"' if text.lower() in NONE_WORDS or not text.isprintable() else None
+        text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as plain dicts, lists, strings and numbers."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """Return the config as YAML that `--config FILE` reads back to an equal config."""
+    text: str = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+_USAGE = """\
+usage: python train.py [experiment=NAME] [--config FILE] [key=value …]
+       python train.py --print-config …   show the resulting config, do nothing
+       python train.py --help
+
+A later source wins: defaults, experiment, --config file, key=value.
+null is "no value"; a list is [a,b]."""
+
+
+def help_text(config_dir: Path) -> str:
+    """Return the help page: every option with type, default and meaning, at most 80 columns."""
+    lines = [_USAGE, "", "experiments (experiment=NAME)"]
+    for name, path in _experiments(config_dir).items():
+        lines += _wrap(f"{name}: {_first_comment(path)}".rstrip(": "), 2)
+    if not _experiments(config_dir):
+        lines += _wrap(f"none in {config_dir / 'experiment'}", 2)
+    lines += ["", "run", *_describe(Config, "")]
+    hints = typing.get_type_hints(Config)
+    for group, group_field in groups_of(Config).items():
+        parts = parts_of(group_field)
+        if not parts:
+            lines += ["", *_wrap(f"{group}: {_doc(hints[group])}", 0)]
+            lines += _describe(hints[group], f"{group}.")
+        for position, (name, cls) in enumerate(parts.items()):
+            default = " (default)" if position == 0 else ""
+            lines += ["", *_wrap(f"{group}={name}{default}: {_doc(cls)}", 0)]
+            lines += _describe(cls, f"{group}.")
+    return "\n".join(lines) + "\n"
+
+
+def _describe(cls: type, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for key, option_field in fields_of(cls, prefix).items():
+        kind = type_in_words(hints[option_field.name])
+        if choices := option_field.metadata["choices"]:
+            kind = " | ".join(choices) + (" | none" if option_field.default is None else "")
+        if bounds := bounds_in_words(option_field):
+            kind += f", {bounds}"
+        default = _default_in_words(option_field)
+        yield from _wrap(f"{key}{default}  ({kind})", 2)
+        yield from _wrap(option_field.metadata["help"], 6)
+
+
+def _default_in_words(option_field: "dataclasses.Field[Any]") -> str:
+    default = option_field.default
+    if default is dataclasses.MISSING:
+        return "=[]"
+    if default == REQUIRED:
+        return " required"
+    words = {None: "null", True: "true", False: "false"}
+    return f"={words[default] if default is None or isinstance(default, bool) else default}"
+
+
+def _first_comment(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return next((line.lstrip("# ").strip() for line in file if line.startswith("#")), "")
+
+
+def _doc(cls: type) -> str:
+    return (cls.__doc__ or "").partition("\n")[0]
+
+
+def _wrap(text: str, indent: int) -> list[str]:
+    spaces = " " * indent
+    return textwrap.wrap(text, 80, initial_indent=spaces, subsequent_indent=spaces + "  ")

@@ -1,0 +1,28 @@
+"""What every data family hands over: one public pool, one client."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ecos_pl.images import ImageSource
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A public pool and a private client, as image sources.
+
+    Attributes:
+        name: "mixed_digits", "folder", …
+        pool: public images, labelled or not.
+        client_train: the client's private images, labelled.
+        client_test: images of the client's distribution that training never sees.
+        classes: the client's class names; an image's class index is its place here.
+        client_domain: the pool's name for the client's domain, where the pool has one. Only
+            evaluation in simulation uses it.
+    """
+
+    name: str
+    pool: ImageSource
+    client_train: ImageSource
+    client_test: ImageSource
+    classes: Sequence[str]
+    client_domain: str | None = None

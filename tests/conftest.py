@@ -1,0 +1,54 @@
+"""Shared fixtures: small real pools and a small encoder, all on disk and offline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_SILENT"] = "true"
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def draw(kind: int, rng: np.random.Generator, side: int = 24) -> Image.Image:
+    """A noisy picture of one of four kinds: two client classes and two kinds of clutter."""
+    pixels = rng.integers(0, 40, (side, side, 3))
+    at, long = rng.integers(4, side - 6), side - 6
+    if kind == 0:  # a bright vertical bar
+        pixels[3:long, at : at + 4] = 230
+    elif kind == 1:  # a bright horizontal bar
+        pixels[at : at + 4, 3:long] = 230
+    elif kind == 2:  # a green checkerboard
+        pixels[::4, ::4, 1] += 180
+    else:  # a red gradient
+        pixels[:, :, 0] = np.linspace(60, 250, side)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``pool/domain/class/x.png`` (bars and clutter, 260) and ``client/{train,test}/class``."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    parts = [
+        ("pool/bars/vertical", 0, 50),
+        ("pool/bars/horizontal", 1, 50),
+        ("pool/clutter/checks", 2, 80),
+        ("pool/clutter/shades", 3, 80),
+        ("client/train/vertical", 0, 60),
+        ("client/train/horizontal", 1, 60),
+        ("client/test/vertical", 0, 15),
+        ("client/test/horizontal", 1, 15),
+    ]
+    for folder, kind, count in parts:
+        (root / folder).mkdir(parents=True)
+        for number in range(count):
+            name = f"{'secret-' if folder.startswith('client') else ''}{number:03d}.png"
+            draw(kind, rng).save(root / folder / name)
+    (root / "pool/clutter/checks/broken.png").write_bytes(b"not an image")
+    return root

@@ -1,0 +1,299 @@
+"""The LightningDataModule that runs the ECOS probe in ``setup()`` and serves the proxy set."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.scenario import Scenario
+from datamodules.views import Augment, make_view
+from ecos_pl.client import Client, ClientPolicy
+from ecos_pl.evaluation import class_numbers, domain_purity, label_accuracy
+from ecos_pl.images import ImageSource, UnreadableImage, to_tensor
+from ecos_pl.labeling import Labeler
+from ecos_pl.mailbox import InProcessMailbox, Mailbox
+from ecos_pl.probe import Probe, ProbePlan, ProbeResult
+
+
+@dataclass(frozen=True)
+class TrainingView:
+    """How images reach the training step.
+
+    Attributes:
+        image_size: Side in pixels.
+        batch_size: Labelled images per step and device.
+        augment: see ``views.make_view``.
+        unlabeled_ratio: Unlabelled images per labelled one; 0 for none.
+        val_fraction: Share of the labelled images held out.
+        num_workers: Processes that read images.
+    """
+
+    image_size: int = 48
+    batch_size: int = 64
+    augment: Augment = "affine"
+    unlabeled_ratio: int = 0
+    val_fraction: float = 0.1
+    num_workers: int = 0
+
+
+class LabelledImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Images of a source as ``(uint8 [3, S, S], target [K], weight [])``.
+
+    An image that cannot be read any more is grey and has weight 0.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        indices: Sequence[int],
+        targets: Tensor,
+        weights: Tensor,
+        image_size: int,
+        augment: Augment = "none",
+    ) -> None:
+        self.source, self.indices = source, indices
+        self.targets, self.weights, self.image_size = targets, weights, image_size
+        self.view = make_view(augment, image_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        target, weight = self.targets[position], self.weights[position]
+        try:
+            image = to_tensor(self.source.read(self.indices[position]), self.image_size)
+        except UnreadableImage:
+            grey = torch.full((3, self.image_size, self.image_size), 127, dtype=torch.uint8)
+            return grey, target, torch.zeros_like(weight)
+        return self.view(image), target, weight
+
+
+class UnlabelledViews(Dataset[tuple[Tensor, Tensor]]):
+    """Two views of each image, weak and strong, drawn for every image anew (FixMatch)."""
+
+    def __init__(
+        self, source: ImageSource, indices: Sequence[int], image_size: int, augment: Augment
+    ) -> None:
+        self.source, self.indices, self.image_size = source, indices, image_size
+        self.weak = make_view(augment, image_size)
+        self.strong = make_view(augment, image_size, strong=True)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        try:
+            image = to_tensor(self.source.read(self.indices[position]), self.image_size)
+        except UnreadableImage:
+            image = torch.full((3, self.image_size, self.image_size), 127, dtype=torch.uint8)
+        return self.weak(image), self.strong(image)
+
+
+class ProxySamplingDataModule(L.LightningDataModule):
+    """Runs the probe and serves what it chose; tests on the client's own test images.
+
+    ``setup()`` runs for every stage, on every rank, and before checkpoints load, so the probe's
+    result lives on disk under its fingerprint: rank 0 makes it, all read it.
+
+    Args:
+        scenario: The public pool and the (simulated) client.
+        plan: The probe's plan.
+        labeler: Who labels the proxy set.
+        view: How images reach the training step.
+        run_root: Folder that holds the cache and the simulated clients.
+        cache_dir: For probe results; None for ``run_root/cache``.
+        embed_batch_size: Images embedded at once.
+        embed_workers: Processes that read images for the encoder.
+        seed: Of the held-out part and of the batches' order.
+
+    Attributes:
+        probe_result: What the probe found, from ``setup()`` on.
+        probe_seconds: How long finding it, or reading it from disk, took.
+        simulation: ``purity``, ``random_purity``, ``label_accuracy``: from ground truth that only
+            a benchmark has; None where it is unknown.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        plan: ProbePlan,
+        labeler: Labeler,
+        view: TrainingView,
+        *,
+        run_root: Path,
+        cache_dir: Path | None = None,
+        embed_batch_size: int = 256,
+        embed_workers: int | None = None,
+        seed: int = 1,
+    ) -> None:
+        super().__init__()
+        self.scenario, self.plan, self.labeler, self.view = scenario, plan, labeler, view
+        self.run_root, self.cache_dir = run_root, cache_dir or run_root / "cache"
+        self.embed_batch_size, self.embed_workers = embed_batch_size, embed_workers
+        self.seed = seed
+        self.probe_result: ProbeResult | None = None
+        self.probe_seconds = 0.0
+        self.simulation: dict[str, float | None] = {}
+
+    def setup(self, stage: str) -> None:
+        """Run the probe, or read its result."""
+        if self.probe_result is None:
+            start = time.perf_counter()
+            with isolate_rng():  # whether results were on disk must not change the training
+                self.probe_result = self._probe()
+            self.probe_seconds = time.perf_counter() - start
+            self.simulation = self._evaluate(self.probe_result)
+
+    def train_dataloader(self) -> Any:
+        """Labelled batches; with unlabelled ones beside them if the view asks for it."""
+        result, view = self._result(), self.view
+        rows = self._split(result)[0]
+        labelled = self._loader(self._labelled(result, rows, view.augment), train=True)
+        if not view.unlabeled_ratio or not len(result.unlabeled):
+            return labelled
+        views = UnlabelledViews(
+            self.scenario.pool, result.unlabeled.tolist(), view.image_size, view.augment
+        )
+        size = view.batch_size * view.unlabeled_ratio
+        unlabelled = self._loader(views, train=True, batch_size=size)
+        loaders = {"labelled": labelled, "unlabelled": unlabelled}
+        return CombinedLoader(loaders, mode="max_size_cycle")
+
+    def val_dataloader(self) -> Any:
+        """The held-out part of the proxy set, with its pseudo-labels; no client data."""
+        result = self._result()
+        rows = self._split(result)[1]
+        return self._loader(self._labelled(result, rows, "none")) if len(rows) else []
+
+    def test_dataloader(self) -> Any:
+        """The client's test images with their true classes: a simulation."""
+        return self._loader(client_images(self.scenario, "test", self.view.image_size))
+
+    def _probe(self) -> ProbeResult:
+        trainer = self.trainer
+        device = trainer.strategy.root_device if trainer else torch.device("cpu")
+        probe = Probe(
+            self.scenario.pool,
+            self.plan,
+            self.labeler,
+            self._mailbox,
+            self.cache_dir,
+            device=device,
+            batch_size=self.embed_batch_size,
+            num_workers=default_workers(self.embed_workers),
+        )
+        if trainer and not trainer.is_global_zero:
+            trainer.strategy.barrier("probe")
+            return probe.run()
+        result = probe.run()
+        if trainer:
+            trainer.strategy.barrier("probe")
+        return result
+
+    def _mailbox(self, fingerprint: str) -> Mailbox:
+        """The way to the simulated client: one whose ledger knows this probe's releases alone."""
+
+        def make() -> Any:
+            policy = ClientPolicy(
+                self.plan.noise_std,
+                self.plan.sample_rate,
+                self.plan.delta,
+                max_epsilon=self.plan.max_epsilon,
+            )
+            client = Client(
+                self.run_root / "clients" / fingerprint[:16],
+                self.scenario.client_train,
+                policy,
+                encoder=self.plan.encoder,
+            )
+            return client.answer
+
+        return InProcessMailbox(make)
+
+    def _evaluate(self, result: ProbeResult) -> dict[str, float | None]:
+        pool, domain = self.scenario.pool, self.scenario.client_domain
+        chosen = result.indices.tolist()
+        return {
+            "purity": domain_purity(pool, chosen, domain),
+            "random_purity": domain_purity(pool, range(len(pool)), domain),
+            "label_accuracy": label_accuracy(result.proxy_set, pool, chosen, domain),
+        }
+
+    def _split(self, result: ProbeResult) -> tuple[Tensor, Tensor]:
+        """Rows of the proxy set to train on and to hold out: labelled ones, at random."""
+        labelled = torch.nonzero(result.proxy_set.weights > 0).flatten()
+        generator = torch.Generator().manual_seed(self.seed)
+        shuffled = labelled[torch.randperm(len(labelled), generator=generator)]
+        num_held_out = min(int(self.view.val_fraction * len(shuffled)), len(shuffled) - 1)
+        return shuffled[num_held_out:].sort().values, shuffled[:num_held_out].sort().values
+
+    def _labelled(self, result: ProbeResult, rows: Tensor, augment: Augment) -> LabelledImages:
+        proxy_set = result.proxy_set
+        return LabelledImages(
+            self.scenario.pool,
+            result.indices[rows].tolist(),
+            proxy_set.targets[rows],
+            proxy_set.weights[rows],
+            self.view.image_size,
+            augment,
+        )
+
+    def _loader(
+        self, dataset: Dataset[Any], train: bool = False, batch_size: int | None = None
+    ) -> DataLoader[Any]:
+        return image_loader(
+            dataset,
+            batch_size or self.view.batch_size,
+            num_workers=self.view.num_workers,
+            train=train,
+            seed=self.seed,
+        )
+
+    def _result(self) -> ProbeResult:
+        if self.probe_result is None:
+            raise RuntimeError("the probe has not run: call setup() first")
+        return self.probe_result
+
+
+def client_images(scenario: Scenario, part: str, image_size: int) -> LabelledImages:
+    """The client's ``train`` or ``test`` images with their true classes, for a simulation."""
+    source = scenario.client_train if part == "train" else scenario.client_test
+    numbers = class_numbers(source, scenario.classes)
+    rows = torch.nonzero(numbers >= 0).flatten()
+    targets = torch.nn.functional.one_hot(numbers[rows], len(scenario.classes)).float()
+    return LabelledImages(source, rows.tolist(), targets, torch.ones(len(rows)), image_size)
+
+
+def image_loader(
+    dataset: Dataset[Any], batch_size: int, *, num_workers: int, train: bool, seed: int
+) -> DataLoader[Any]:
+    """A DataLoader: shuffled, whole batches for training; in order, all images otherwise."""
+    size = len(dataset)  # type: ignore[arg-type]
+    return DataLoader(
+        dataset,
+        min(batch_size, size),
+        shuffle=train,
+        drop_last=train,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed) if train else None,
+    )
+
+
+def default_workers(num_workers: int | None) -> int:
+    """Worker processes: the number given, else one core less than there are, at most 8."""
+    if num_workers is not None:
+        return num_workers
+    return max(0, min(8, (os.cpu_count() or 1) - 1))

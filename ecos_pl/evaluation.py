@@ -1,0 +1,43 @@
+"""What a benchmark knows and a real run does not: all of it is labelled ``simulation/``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ecos_pl.images import ImageSource
+from ecos_pl.proxy_set import ProxySet
+
+
+def domain_purity(pool: ImageSource, indices: Sequence[int], domain: str | None) -> float | None:
+    """Share of some pool images that belong to a domain; None where domains are unknown."""
+    if domain is None or not len(indices):
+        return None
+    return sum(pool.domains[index] == domain for index in indices) / len(indices)
+
+
+def label_accuracy(
+    proxy_set: ProxySet, pool: ImageSource, indices: Sequence[int], domain: str | None
+) -> float | None:
+    """Share of right labels among labelled images of the client's domain and classes.
+
+    Without a domain, all labelled images whose true class is one of the client's count. None
+    where no such image is there.
+    """
+    classes = set(proxy_set.classes)
+    right = [
+        label == pool.labels[index]
+        for index, label in zip(indices, proxy_set.labels, strict=True)
+        if label is not None
+        and pool.labels[index] in classes
+        and (domain is None or pool.domains[index] == domain)
+    ]
+    return sum(right) / len(right) if right else None
+
+
+def class_numbers(source: ImageSource, classes: Sequence[str]) -> Tensor:
+    """Class number [len(source)] int64 of each image, -1 where it is none of ``classes``."""
+    number = {name: k for k, name in enumerate(classes)}
+    return torch.tensor([number.get(label or "", -1) for label in source.labels])

@@ -1,0 +1,118 @@
+"""What a run came to: ``summary.json`` and the table at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ecos_pl.privacy import PrivacyStatement
+from ecos_pl.probe import ProbeResult
+
+_NOTHING_RELEASED = {
+    "epsilon": 0.0,
+    "delta": None,
+    "relation": "add/remove",
+    "unit": "sample",
+    "accountant": "PLD",
+}
+_STEPS = ("embed", "cluster", "ask", "select", "label")
+
+
+def summarise(
+    *,
+    run_id: str,
+    seed: int,
+    probe: ProbeResult | None,
+    simulation: dict[str, float | None],
+    seconds: dict[str, float | None],
+) -> dict[str, Any]:
+    """Gather plain data for ``summary.json``.
+
+    Args:
+        run_id: Name of the run.
+        seed: Of the run.
+        probe: What the probe found; None where the client trained alone.
+        simulation: ``purity``, ``random_purity``, ``label_accuracy``, ``test_accuracy``.
+        seconds: ``probe, fit, test, per_step, total``. The steps of the probe are added: those
+            of this run, so 0 where their results were on disk.
+    """
+    steps = probe.seconds if probe is not None and not probe.from_disk else {}
+    shown = ("purity", "random_purity", "label_accuracy", "test_accuracy")
+    summary: dict[str, Any] = {
+        "run_id": run_id,
+        "seed": seed,
+        "proxy": {"size": 0, "num_clusters": 0, "kept_clusters": 0},
+        "privacy": {**_NOTHING_RELEASED, "spent_by_this_run": 0.0},
+        "communication": {"bytes_down": 0, "bytes_up": 0, "round_trips": 0},
+        "simulation": {name: simulation.get(name) for name in shown},
+        "seconds": {
+            **{step: steps.get(step, 0.0) for step in _STEPS},
+            **{k: None if v is None else round(v, 3) for k, v in seconds.items()},
+        },
+    }
+    if probe is not None:
+        summary["proxy"] = {
+            "size": len(probe.proxy_set),
+            "num_clusters": len(probe.cluster_sizes),
+            "kept_clusters": int(probe.selection.kept.sum()),
+            "filled_up": probe.selection.num_filled_up,
+            "unreadable": probe.num_unreadable,
+            "fingerprint": probe.fingerprint,
+            "from_disk": probe.from_disk,
+        }
+        spent = 0.0 if probe.from_disk else probe.privacy["epsilon"]
+        summary["privacy"] = {**probe.privacy, "spent_by_this_run": spent}
+        summary["communication"] = dict(probe.communication)
+    return summary
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """Print the run's table, at most 80 columns wide."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    proxy, privacy = summary["proxy"], dict(summary["privacy"])
+    known, seconds = summary["simulation"], summary["seconds"]
+    table = Table(box=SIMPLE_HEAD, show_header=False, title=summary["run_id"], title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    if proxy["size"]:
+        table.add_row(
+            "proxy set",
+            f"{proxy['size']:,} images from {proxy['kept_clusters']} of "
+            f"{proxy['num_clusters']} clusters"
+            + (f" ({proxy['filled_up']} to fill up)" if proxy["filled_up"] else ""),
+        )
+        if known["purity"] is not None:
+            table.add_row(
+                "purity*", f"{known['purity']:.3f} (random: {known['random_purity']:.3f})"
+            )
+        if known["label_accuracy"] is not None:
+            table.add_row("label accuracy*", f"{known['label_accuracy']:.3f}")
+        spent = privacy.pop("spent_by_this_run")
+        table.add_row("privacy", str(PrivacyStatement(**privacy)))
+        if proxy["from_disk"]:
+            table.add_row("", "the proxy set was on disk: this run asked and spent nothing")
+        elif spent == 0:
+            table.add_row("", "the client was not asked")
+        sent = summary["communication"]
+        table.add_row(
+            "communication",
+            f"{sent['bytes_down'] / 1000:,.1f} kB down, {sent['bytes_up'] / 1000:,.1f} kB up, "
+            f"{sent['round_trips']} round trips",
+        )
+    else:
+        table.add_row("trained on", "the client's own images, on the client's side")
+    if known["test_accuracy"] is not None:
+        table.add_row("test accuracy*", f"{known['test_accuracy']:.4f}")
+    steps = ", ".join(f"{step} {seconds[step]:.1f}" for step in _STEPS if seconds[step])
+    times = f"{steps}, " if steps else ""
+    times += f"fit {seconds['fit'] or 0:.1f}, test {seconds['test'] or 0:.1f}"
+    if seconds["per_step"]:
+        times += f" ({seconds['per_step']:.3f} a step)"
+    table.add_row("seconds", f"{times}; {seconds['total']:.1f} in all")
+    table.add_row("files", str(folder))
+    console = Console(width=min(80, Console().width))
+    console.print(table)
+    console.print("  * simulation: measured with ground truth that only a benchmark has")

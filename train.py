@@ -24,12 +24,12 @@ from ecos_pl.config import (
     PublicLabelsOptions,
     SelfLabelingOptions,
     WandbOptions,
-    help_text,
     load_config,
     parse_command_line,
     to_dict,
     to_yaml,
 )
+from ecos_pl.config_help import help_text
 
 if TYPE_CHECKING:
     import lightning as L
@@ -285,7 +285,7 @@ def _run_folder(config: Config) -> Path:
     """Make the run's folder and write its config, or check that the one there is the same."""
     from ecos_pl.storage import fingerprint_of, write_bytes
 
-    same_run = {k: v for k, v in to_dict(config).items() if k not in ("run_id", "run_root")}
+    same_run = {k: v for k, v in to_dict(config).items() if k not in _NOT_THE_RUN}
     what = config.selection.strategy if config.train_on == "proxy_set" else "local"
     name = f"{config.data.name}-{what}-seed{config.seed}-{fingerprint_of(same_run)[:8]}"
     folder = Path(config.run_root) / (config.run_id or name)
@@ -301,7 +301,8 @@ def _run_folder(config: Config) -> Path:
     return folder
 
 
-_MAY_CHANGE = ("run_root", "run_id", "max_epochs", "enable_progress_bar", "num_workers", "devices")
+_NOT_THE_RUN = ("run_id", "run_root", "experiment")  # where and whence, not what
+_MAY_CHANGE = (*_NOT_THE_RUN, "max_epochs", "enable_progress_bar", "num_workers", "devices")
 
 
 def _differs(old: str, new: str) -> str:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from callbacks.figures import BLUE, DARK, GREY, ORANGE, new_figure, plain_axes, save_figure
 from callbacks.probed import probed
-from ecos_pl.probe import ProbeResult
+from ecos_pl.probe_result import ProbeResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

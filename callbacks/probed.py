@@ -9,7 +9,7 @@ from typing import Protocol
 from lightning.pytorch import Trainer
 
 from ecos_pl.images import ImageSource
-from ecos_pl.probe import ProbeResult
+from ecos_pl.probe_result import ProbeResult
 
 
 class PublicScenario(Protocol):

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from typing_extensions import override
 
 from callbacks.probed import Probed, probed
-from ecos_pl.probe import ProbeResult
+from ecos_pl.probe_result import ProbeResult
 
 
 class SamplingStatistics(Callback):

@@ -9,7 +9,7 @@ import lightning as L
 from datamodules.proxy import LabelledImages, TrainingView, client_images, image_loader
 from datamodules.scenario import Scenario
 from datamodules.views import make_view
-from ecos_pl.probe import ProbeResult
+from ecos_pl.probe_result import ProbeResult
 
 
 class LocalDataModule(L.LightningDataModule):

@@ -23,7 +23,8 @@ from ecos_pl.evaluation import class_numbers, domain_purity, label_accuracy
 from ecos_pl.images import ImageSource, UnreadableImage, to_tensor
 from ecos_pl.labeling import Labeler
 from ecos_pl.mailbox import InProcessMailbox, Mailbox
-from ecos_pl.probe import Probe, ProbePlan, ProbeResult
+from ecos_pl.probe import Probe, ProbePlan
+from ecos_pl.probe_result import ProbeResult
 
 
 @dataclass(frozen=True)

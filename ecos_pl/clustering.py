@@ -126,7 +126,6 @@ def kmeans(
     tolerance: float = 1e-4,
     start: Tensor | None = None,
     device: torch.device | str = "cpu",
-    reduce: Reduce = lambda x: x,
     on_iteration: Callable[[int], None] = lambda num_done: None,
 ) -> Clustering:
     """Lloyd's k-means from a greedy k-means++ start (Arthur & Vassilvitskii 2007).
@@ -143,7 +142,6 @@ def kmeans(
         tolerance: Stop once an iteration lowers the inertia by less than this share.
         start: Centroids [R, d] to begin from, in place of k-means++.
         device: Where distances are computed; rows are brought there chunk by chunk.
-        reduce: Adds up sums and counts of several processes.
         on_iteration: Called with 1 after each iteration.
 
     Raises:
@@ -157,8 +155,6 @@ def kmeans(
     inertia, done = math.inf, 0
     for done in range(1, num_iters + 1):  # noqa: B007
         sums, counts, new_inertia, far = _statistics(embeddings, centroids, device)
-        sums, counts = reduce(sums), reduce(counts)
-        new_inertia = float(reduce(torch.tensor(new_inertia, dtype=torch.float64)))
         if not math.isfinite(new_inertia):
             raise ValueError("an embedding is not finite")
         means = sums / counts.clamp_min(1)[:, None]
@@ -169,12 +165,12 @@ def kmeans(
         if not len(empty) and inertia - new_inertia <= tolerance * new_inertia:
             break
         inertia = new_inertia
-    assignments, final = [], 0.0
+    assignments, final = [], torch.zeros((), dtype=torch.float64, device=device)
     for chunk in _chunks(embeddings, device):
         nearest, distances = _nearest(chunk, centroids)
         assignments.append(nearest.cpu())
-        final += float(distances.double().sum())
-    return Clustering(centroids.cpu(), torch.cat(assignments), final, done)
+        final += distances.double().sum()
+    return Clustering(centroids.cpu(), torch.cat(assignments), float(final), done)
 
 
 def _chunks(embeddings: Rows, device: torch.device | str) -> Iterator[Tensor]:
@@ -205,17 +201,17 @@ def _statistics(
     counts = torch.zeros(num_clusters, dtype=torch.int64, device=device)
     far_rows = torch.empty(0, num_dims, device=device)
     far_distances = torch.empty(0, device=device)
-    inertia = 0.0
+    inertia = torch.zeros((), dtype=torch.float64, device=device)  # no sync until all is queued
     for chunk in _chunks(embeddings, device):
         nearest, distances = _nearest(chunk, centroids)
         sums.index_add_(0, nearest, chunk.double())
         counts += torch.bincount(nearest, minlength=num_clusters)
-        inertia += float(distances.double().sum())
+        inertia += distances.double().sum()
         far_distances, order = torch.cat([far_distances, distances]).topk(
             min(num_clusters, len(far_distances) + len(distances))
         )
         far_rows = torch.cat([far_rows, chunk])[order]
-    return sums, counts, inertia, far_rows
+    return sums, counts, float(inertia), far_rows
 
 
 def _plus_plus(

@@ -8,8 +8,6 @@ To add a part (say `task=distillation`): write its dataclass with a `name`, and 
 import contextlib
 import dataclasses
 import re
-import textwrap
-import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,17 +25,12 @@ from ecos_pl.overrides import (
     Part,
     Resolver,
     Setting,
-    bounds_in_words,
     check,
-    fields_of,
-    groups_of,
     nearest,
     option,
     parse_command_line,
     part,
-    parts_of,
     read_yaml,
-    type_in_words,
 )
 
 __all__ = [
@@ -57,7 +50,7 @@ __all__ = [
     "SelfLabelingOptions",
     "TrainerOptions",
     "WandbOptions",
-    "help_text",
+    "experiments_in",
     "load_config",
     "parse_command_line",
     "to_dict",
@@ -386,7 +379,8 @@ def _in_one_line(places: dict[str, str]) -> Iterator[None]:
         raise ConfigError(f"{places.get(key, '')}{key}: {first_line}") from None
 
 
-def _experiments(config_dir: Path) -> dict[str, Path]:
+def experiments_in(config_dir: Path) -> dict[str, Path]:
+    """Experiment files by name."""
     return {path.stem: path for path in sorted((config_dir / "experiment").glob("*.yaml"))}
 
 
@@ -398,7 +392,7 @@ def _experiment_named(layers: Sequence[Sequence[Setting]]) -> Setting | None:
 
 
 def _read_experiment(setting: Setting, config_dir: Path) -> list[Setting]:
-    name, experiments = str(setting.value), _experiments(config_dir)
+    name, experiments = str(setting.value), experiments_in(config_dir)
     if name not in experiments:
         listed = ", ".join(experiments) or f"none in {config_dir / 'experiment'}"
         raise ConfigError(
@@ -440,72 +434,3 @@ def to_yaml(config: Config) -> str:
     """Return the config as YAML that `--config FILE` reads back to an equal config."""
     text: str = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
-
-
-# --- help ----------------------------------------------------------------------------------------
-
-_USAGE = """\
-usage: python train.py [experiment=NAME] [--config FILE] [key=value …]
-       python train.py --print-config …   show the resulting config, do nothing
-       python train.py --help
-
-A later source wins: defaults, experiment, --config file, key=value.
-null is "no value"; a list is [a,b]."""
-
-
-def help_text(config_dir: Path) -> str:
-    """Return the help page: every option with type, default and meaning, at most 80 columns."""
-    lines = [_USAGE, "", "experiments (experiment=NAME)"]
-    for name, path in _experiments(config_dir).items():
-        lines += _wrap(f"{name}: {_first_comment(path)}".rstrip(": "), 2)
-    if not _experiments(config_dir):
-        lines += _wrap(f"none in {config_dir / 'experiment'}", 2)
-    lines += ["", "run", *_describe(Config, "")]
-    hints = typing.get_type_hints(Config)
-    for group, group_field in groups_of(Config).items():
-        parts = parts_of(group_field)
-        if not parts:
-            lines += ["", *_wrap(f"{group}: {_doc(hints[group])}", 0)]
-            lines += _describe(hints[group], f"{group}.")
-        for position, (name, cls) in enumerate(parts.items()):
-            default = " (default)" if position == 0 else ""
-            lines += ["", *_wrap(f"{group}={name}{default}: {_doc(cls)}", 0)]
-            lines += _describe(cls, f"{group}.")
-    return "\n".join(lines) + "\n"
-
-
-def _describe(cls: type, prefix: str) -> Iterator[str]:
-    hints = typing.get_type_hints(cls)
-    for key, option_field in fields_of(cls, prefix).items():
-        kind = type_in_words(hints[option_field.name])
-        if choices := option_field.metadata["choices"]:
-            kind = " | ".join(choices) + (" | none" if option_field.default is None else "")
-        if bounds := bounds_in_words(option_field):
-            kind += f", {bounds}"
-        default = _default_in_words(option_field)
-        yield from _wrap(f"{key}{default}  ({kind})", 2)
-        yield from _wrap(option_field.metadata["help"], 6)
-
-
-def _default_in_words(option_field: "dataclasses.Field[Any]") -> str:
-    default = option_field.default
-    if default is dataclasses.MISSING:
-        return "=[]"
-    if default == REQUIRED:
-        return " required"
-    words = {None: "null", True: "true", False: "false"}
-    return f"={words[default] if default is None or isinstance(default, bool) else default}"
-
-
-def _first_comment(path: Path) -> str:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return next((line.lstrip("# ").strip() for line in file if line.startswith("#")), "")
-
-
-def _doc(cls: type) -> str:
-    return (cls.__doc__ or "").partition("\n")[0]
-
-
-def _wrap(text: str, indent: int) -> list[str]:
-    spaces = " " * indent
-    return textwrap.wrap(text, 80, initial_indent=spaces, subsequent_indent=spaces + "  ")

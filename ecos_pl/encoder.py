@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,11 @@ class Encoder(nn.Module):
         return super().train(False)
 
 
+def public_name(spec: EncoderSpec) -> dict[str, str | int]:
+    """What a query tells of the encoder beside its fingerprint; no path of this machine."""
+    return {"name": spec.name, "image_size": spec.image_size}
+
+
 def describe(spec: EncoderSpec) -> str:
     """One line for logs and messages, ``tf_efficientnet_lite0 (auto) at 48 px`` say."""
-    fields = asdict(spec)
-    return f"{fields['name']} ({fields['weights']}) at {fields['image_size']} px"
+    return f"{spec.name} ({spec.weights}) at {spec.image_size} px"

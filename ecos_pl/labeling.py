@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ecos_pl.class_posteriors import class_posteriors
 from ecos_pl.clustering import Projection, fit_pca
-from ecos_pl.encoder import EncoderSpec
+from ecos_pl.encoder import EncoderSpec, public_name
 from ecos_pl.images import ImageSource
 from ecos_pl.invariance import fit_invariant_projection
 from ecos_pl.messages import MessageError, PrototypeAnswer, PrototypeQuery, query_id_of
@@ -217,7 +217,7 @@ class PrototypeLabeler:
         projection = projection.rounded()
         features = torch.cat([projection(torch.from_numpy(rows)) for rows in embeddings()])
         query = PrototypeQuery(
-            encoder=asdict(encoder),
+            encoder=public_name(encoder),
             encoder_fingerprint=encoder_fingerprint,
             mean=projection.mean.half(),
             components=projection.components.half(),

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +21,10 @@ from torch import Tensor
 
 from ecos_pl.clustering import Projection, assign, fit_pca, kmeans
 from ecos_pl.embedding_bank import CHUNK_ROWS, EmbeddingBank, build_bank
-from ecos_pl.encoder import Encoder, EncoderSpec, describe
+from ecos_pl.encoder import Encoder, EncoderSpec, describe, public_name
 from ecos_pl.images import ImageSource, to_tensor
 from ecos_pl.invariance import random_view
-from ecos_pl.labeling import Labeler
+from ecos_pl.labeling import Labeler, Labels
 from ecos_pl.mailbox import Mailbox
 from ecos_pl.messages import CoverageAnswer, CoverageQuery, MessageError, query_id_of
 from ecos_pl.privacy import (
@@ -34,10 +33,11 @@ from ecos_pl.privacy import (
     calibrate_noise_multiplier,
     epsilon_of,
 )
+from ecos_pl.probe_result import ProbeResult
 from ecos_pl.progress import progress_bar
 from ecos_pl.proxy_set import ProxySet
 from ecos_pl.selection import Selection, default_num_clusters, select
-from ecos_pl.storage import committed_folder, fingerprint_of, read_json, write_bytes, write_json
+from ecos_pl.storage import committed_folder, fingerprint_of, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -80,44 +80,6 @@ class ProbePlan:
     attempt: int = 0
 
 
-@dataclass(frozen=True)
-class ProbeResult:
-    """What the probe found; nothing in it is private beyond the client's noisy answers.
-
-    Attributes:
-        proxy_set: The chosen images with their labels.
-        indices: [n] int64, their places in the pool, in the order of ``proxy_set``.
-        unlabeled: [m] int64, pool places of the images of kept clusters that were not chosen.
-        noisy_counts: [R] int64, the client's answer; None where it was not asked.
-        cluster_sizes: [R] int64, pool images per cluster.
-        selection: Quotas, kept clusters and threshold.
-        privacy: ``epsilon, delta, relation, unit, accountant`` of all releases of this probe.
-        communication: ``bytes_down, bytes_up, round_trips``.
-        seconds: Of each step, when it was done.
-        num_unreadable: Pool images left out since they cannot be read.
-        fingerprint: Of pool, encoder, plan and labeler.
-        from_disk: Nothing was computed or asked: all was there.
-    """
-
-    proxy_set: ProxySet
-    indices: Tensor
-    unlabeled: Tensor
-    noisy_counts: Tensor | None
-    cluster_sizes: Tensor
-    selection: Selection
-    privacy: dict[str, Any]
-    communication: dict[str, int]
-    seconds: dict[str, float]
-    num_unreadable: int
-    fingerprint: str
-    from_disk: bool
-
-    @property
-    def statement(self) -> PrivacyStatement:
-        """The privacy loss as a sentence."""
-        return PrivacyStatement(**self.privacy)
-
-
 class Probe:
     """Chooses and labels a proxy set out of a pool by asking a client.
 
@@ -146,6 +108,8 @@ class Probe:
     ) -> None:
         self.pool, self.plan, self.labeler, self.cache_dir = pool, plan, labeler, cache_dir
         self._device, self._batch_size, self._num_workers = device, batch_size, num_workers
+        # k-means sums in float64, which Apple's GPUs lack.
+        self._cluster_device = "cpu" if torch.device(device).type == "mps" else device
         self._encoder_fingerprint = plan.encoder.fingerprint()
         facts = {
             "version": _VERSION,
@@ -174,7 +138,7 @@ class Probe:
             MessageError: The client's answer does not fit the question.
         """
         if self.is_done():
-            return self._load(from_disk=True)
+            return ProbeResult.load(self._folder, self.fingerprint, from_disk=True)
         planned = self._planned_releases()
         with self._timed("embed"):
             bank = self._embed()
@@ -203,7 +167,7 @@ class Probe:
             releases += labels.releases
             epsilon = epsilon_of(releases, self.plan.delta)
         self._commit(clusters, noisy_counts, selection, labels, epsilon)
-        return self._load(from_disk=False)
+        return ProbeResult.load(self._folder, self.fingerprint, from_disk=False)
 
     # --- the steps -----------------------------------------------------------------------------
 
@@ -282,7 +246,7 @@ class Probe:
                         num_clusters,
                         num_iters=plan.num_iters,
                         seed=plan.seed,
-                        device=self._device,
+                        device=self._cluster_device,
                         on_iteration=advance,
                     )
                 # Both parties use the centroids as they travel.
@@ -292,7 +256,9 @@ class Probe:
                     "components": projection.components,
                     "variances": projection.variances,
                     "centroids": centroids,
-                    "assignments": assign(projected, centroids.float(), device=self._device),
+                    "assignments": assign(
+                        projected, centroids.float(), device=self._cluster_device
+                    ),
                 }
                 save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "clusters.st")
                 del projected
@@ -307,7 +273,7 @@ class Probe:
 
     def _ask_for_counts(self, clusters: _Clusters) -> tuple[Tensor, Release]:
         query = CoverageQuery(
-            encoder=asdict(self.plan.encoder),
+            encoder=public_name(self.plan.encoder),
             encoder_fingerprint=self._encoder_fingerprint,
             mean=clusters.projection.mean.half(),
             components=clusters.projection.components.half(),
@@ -390,14 +356,12 @@ class Probe:
         self._communication["round_trips"] += 1
         return answer
 
-    # --- disk ----------------------------------------------------------------------------------
-
     def _commit(
         self,
         clusters: _Clusters,
         noisy_counts: Tensor | None,
         selection: Selection,
-        labels: Any,
+        labels: Labels,
         epsilon: float,
     ) -> None:
         plan = self.plan
@@ -424,56 +388,22 @@ class Probe:
                 "privacy": statement,
             },
         )
-        sizes = torch.bincount(clusters.assignments, minlength=len(clusters.centroids))
-        tensors = {
-            "indices": torch.from_numpy(indices),
-            "unlabeled": torch.from_numpy(clusters.readable[leftover]),
-            "cluster_sizes": sizes,
-            "selected": selection.indices,
-            "quotas": selection.quotas,
-            "kept": selection.kept,
-        }
-        if noisy_counts is not None:
-            tensors["noisy_counts"] = noisy_counts
-        with committed_folder(self._folder) as aside:
-            proxy_set.save(aside)
-            save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "probe.st")
-            about = {
-                "privacy": statement,
-                "communication": self._communication,
-                "seconds": self._seconds,
-                "threshold": selection.threshold,
-                "num_filled_up": selection.num_filled_up,
-                "num_unreadable": len(self.pool) - len(clusters.readable),
-                "fingerprint": self.fingerprint,
-            }
-            write_json(aside / "probe.json", about)
-
-    def _load(self, *, from_disk: bool) -> ProbeResult:
-        about = read_json(self._folder / "probe.json")
-        if about["fingerprint"] != self.fingerprint:
-            raise ValueError(f"{self._folder} belongs to another probe; remove it")
-        tensors = load_file(self._folder / "probe.st")
-        return ProbeResult(
-            proxy_set=ProxySet.load(self._folder),
-            indices=tensors["indices"],
-            unlabeled=tensors["unlabeled"],
-            noisy_counts=tensors.get("noisy_counts"),
-            cluster_sizes=tensors["cluster_sizes"],
-            selection=Selection(
-                tensors["selected"],
-                tensors["quotas"],
-                tensors["kept"],
-                about["threshold"],
-                about["num_filled_up"],
-            ),
-            privacy=about["privacy"],
-            communication=about["communication"],
-            seconds=about["seconds"],
-            num_unreadable=about["num_unreadable"],
+        result = ProbeResult(
+            proxy_set=proxy_set,
+            indices=torch.from_numpy(indices),
+            unlabeled=torch.from_numpy(clusters.readable[leftover]),
+            noisy_counts=noisy_counts,
+            cluster_sizes=torch.bincount(clusters.assignments, minlength=len(clusters.centroids)),
+            selection=selection,
+            privacy=statement,
+            communication=self._communication,
+            seconds=self._seconds,
+            num_unreadable=len(self.pool) - len(clusters.readable),
             fingerprint=self.fingerprint,
-            from_disk=from_disk,
+            from_disk=False,
         )
+        with committed_folder(self._folder) as aside:
+            result.save(aside)
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

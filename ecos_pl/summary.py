@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ecos_pl.privacy import PrivacyStatement
-from ecos_pl.probe import ProbeResult
+from ecos_pl.probe_result import ProbeResult
 
 _NOTHING_RELEASED = {
     "epsilon": 0.0,
@@ -44,10 +44,10 @@ def summarise(
         "proxy": {"size": 0, "num_clusters": 0, "kept_clusters": 0},
         "privacy": {**_NOTHING_RELEASED, "spent_by_this_run": 0.0},
         "communication": {"bytes_down": 0, "bytes_up": 0, "round_trips": 0},
-        "simulation": {name: simulation.get(name) for name in shown},
+        "simulation": {name: _rounded(simulation.get(name), 6) for name in shown},
         "seconds": {
             **{step: steps.get(step, 0.0) for step in _STEPS},
-            **{k: None if v is None else round(v, 3) for k, v in seconds.items()},
+            **{name: _rounded(value, 3) for name, value in seconds.items()},
         },
     }
     if probe is not None:
@@ -64,6 +64,10 @@ def summarise(
         summary["privacy"] = {**probe.privacy, "spent_by_this_run": spent}
         summary["communication"] = dict(probe.communication)
     return summary
+
+
+def _rounded(number: float | None, digits: int) -> float | None:
+    return None if number is None else round(number, digits)
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

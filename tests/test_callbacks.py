@@ -24,7 +24,7 @@ from callbacks.run_timer import RunTimer, num_images
 from callbacks.sampling_statistics import SamplingStatistics
 from callbacks.training_curves import TrainingCurves
 from ecos_pl.images import UnreadableImage
-from ecos_pl.probe import ProbeResult
+from ecos_pl.probe_result import ProbeResult
 from ecos_pl.proxy_set import ProxySet
 from ecos_pl.selection import Selection
 

@@ -18,12 +18,12 @@ from ecos_pl.config import (
     FolderOptions,
     MixedDigitsOptions,
     WandbOptions,
-    help_text,
     load_config,
     parse_command_line,
     to_dict,
     to_yaml,
 )
+from ecos_pl.config_help import help_text
 from ecos_pl.overrides import fields_of, groups_of, parts_of
 
 FOLDER = ["data=folder", "data.pool=P", "data.client=C"]

@@ -1,0 +1,110 @@
+"""What a probe found, and its form on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ecos_pl.privacy import PrivacyStatement
+from ecos_pl.proxy_set import ProxySet
+from ecos_pl.selection import Selection
+from ecos_pl.storage import read_json, write_json
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What the probe found; nothing in it is private beyond the client's noisy answers.
+
+    Attributes:
+        proxy_set: The chosen images with their labels.
+        indices: [n] int64, their places in the pool, in the order of ``proxy_set``.
+        unlabeled: [m] int64, pool places of the images of kept clusters that were not chosen.
+        noisy_counts: [R] int64, the client's answer; None where it was not asked.
+        cluster_sizes: [R] int64, pool images per cluster.
+        selection: Quotas, kept clusters and threshold.
+        privacy: ``epsilon, delta, relation, unit, accountant`` of all releases of this probe.
+        communication: ``bytes_down, bytes_up, round_trips``.
+        seconds: Of each step, when it was done.
+        num_unreadable: Pool images left out since they cannot be read.
+        fingerprint: Of pool, encoder, plan and labeler.
+        from_disk: Nothing was computed or asked: all was there.
+    """
+
+    proxy_set: ProxySet
+    indices: Tensor
+    unlabeled: Tensor
+    noisy_counts: Tensor | None
+    cluster_sizes: Tensor
+    selection: Selection
+    privacy: dict[str, Any]
+    communication: dict[str, int]
+    seconds: dict[str, float]
+    num_unreadable: int
+    fingerprint: str
+    from_disk: bool
+
+    @property
+    def statement(self) -> PrivacyStatement:
+        """The privacy loss as a sentence."""
+        return PrivacyStatement(**self.privacy)
+
+    def save(self, folder: Path) -> None:
+        """Write everything into a folder: the proxy set, ``probe.st`` and ``probe.json``."""
+        self.proxy_set.save(folder)
+        tensors = {
+            "indices": self.indices,
+            "unlabeled": self.unlabeled,
+            "cluster_sizes": self.cluster_sizes,
+            "selected": self.selection.indices,
+            "quotas": self.selection.quotas,
+            "kept": self.selection.kept,
+        }
+        if self.noisy_counts is not None:
+            tensors["noisy_counts"] = self.noisy_counts
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "probe.st")
+        about = {
+            "privacy": self.privacy,
+            "communication": self.communication,
+            "seconds": self.seconds,
+            "threshold": self.selection.threshold,
+            "num_filled_up": self.selection.num_filled_up,
+            "num_unreadable": self.num_unreadable,
+            "fingerprint": self.fingerprint,
+        }
+        write_json(folder / "probe.json", about)
+
+    @classmethod
+    def load(cls, folder: Path, fingerprint: str, *, from_disk: bool) -> ProbeResult:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: The folder holds another probe's result, or a damaged one.
+        """
+        about = read_json(folder / "probe.json")
+        if about["fingerprint"] != fingerprint:
+            raise ValueError(f"{folder} belongs to another probe; remove it")
+        tensors = load_file(folder / "probe.st")
+        return cls(
+            proxy_set=ProxySet.load(folder),
+            indices=tensors["indices"],
+            unlabeled=tensors["unlabeled"],
+            noisy_counts=tensors.get("noisy_counts"),
+            cluster_sizes=tensors["cluster_sizes"],
+            selection=Selection(
+                tensors["selected"],
+                tensors["quotas"],
+                tensors["kept"],
+                about["threshold"],
+                about["num_filled_up"],
+            ),
+            privacy=about["privacy"],
+            communication=about["communication"],
+            seconds=about["seconds"],
+            num_unreadable=about["num_unreadable"],
+            fingerprint=fingerprint,
+            from_disk=from_disk,
+        )

@@ -1,40 +1,41 @@
-# make demo and make test set up everything they need; an own environment goes in through PYTHON=.
-PYTHON ?= .venv/bin/python
-STAMP := .venv/.installed
+# `make demo` and `make test` set up what they need in .venv; PYTHON=… uses an environment of yours.
+VENV := .venv
+ifndef PYTHON
+PYTHON := $(VENV)/bin/python
+ENVIRONMENT := $(VENV)/.installed
+endif
 
 .PHONY: demo test check lint types imports unit format clean
 
-demo: $(PYTHON)           ## install if need be, then run python train.py
+demo: $(ENVIRONMENT)      ## install if need be, then python train.py
 	$(PYTHON) train.py
 
-test: check               ## the whole check, what CI runs
+test: check               ## the whole check; CI runs the same
 
 check: lint types imports unit
 
-lint: $(PYTHON)
+lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-types: $(PYTHON)
+types: $(ENVIRONMENT)
 	$(PYTHON) -m mypy
 
-imports: $(PYTHON)
-	$(dir $(PYTHON))lint-imports
+imports: $(ENVIRONMENT)
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
-unit: $(PYTHON)
+unit: $(ENVIRONMENT)
 	$(PYTHON) -m pytest
 
-format: $(PYTHON)         ## sort imports, fix what can be fixed, lay out
+format: $(ENVIRONMENT)    ## fix what can be fixed, lay out
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-.venv/bin/python: $(STAMP)
-
-$(STAMP): pyproject.toml
-	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --upgrade pip
-	.venv/bin/python -m pip install --quiet -e ".[dev]"
-	touch $(STAMP) .venv/bin/python
+$(VENV)/.installed: pyproject.toml
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,52 @@
+"""Every command of the README is one that exists, with options that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import train
+
+REPOSITORY = Path(train.__file__).parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.partition("#")[0].strip()
+]
+
+
+def test_the_first_screen_shows_the_two_commands():
+    assert COMMANDS[:2] == ["make demo", "make test"]
+    assert README.index("make test") < README.index("## ")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python train.py")])
+def test_train_takes_the_options_shown(command, capsys):
+    arguments = command.split()[2:]
+    shown = [a for a in arguments if a not in ("--print-config", "--help")]
+    assert train.main([*shown, "--print-config"]) == 0
+    assert "selection:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_has_the_target(command):
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([\w/]+\.py)`", README))))
+def test_files_named_in_the_readme_exist(name):
+    assert list(REPOSITORY.glob(f"**/{name}")), name
+
+
+@pytest.mark.parametrize("key", sorted(set(re.findall(r"`((?:[a-z_]+\.)+[a-z_]+)=?`", README))))
+def test_options_named_in_the_readme_exist(key):
+    from ecos_pl.config_help import help_text
+
+    if key.split(".")[-1] in ("py", "csv", "json", "md", "yaml"):
+        return
+    assert f"  {key}" in help_text(REPOSITORY / "configs"), key

@@ -249,6 +249,7 @@ class Probe:
                         device=self._cluster_device,
                         on_iteration=advance,
                     )
+                    advance(plan.num_iters - found.num_iters)  # it may have converged before
                 # Both parties use the centroids as they travel.
                 centroids = _without_near_duplicates(found.centroids.half())
                 tensors = {

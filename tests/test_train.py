@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 import train
+from ecos_pl.modules.self_labeling import SelfLabelingModule
 from ecos_pl.proxy_set import ProxySet
 
 REPOSITORY = Path(train.__file__).parent
@@ -115,6 +117,28 @@ def test_training_goes_on_where_it_stopped(run, tmp_path):
     last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert last["epoch"] == 2
     assert "current_model_state" in last  # beside the averaged weights
+
+
+def test_ctrl_c_is_status_130_and_the_next_call_goes_on(run, tmp_path, monkeypatch):
+    def stop(module):
+        if module.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(SelfLabelingModule, "on_train_epoch_start", stop)
+        try:
+            status, summary, _, err = run("trainer.max_epochs=3")
+        finally:
+            signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert status == 130
+    assert summary is None
+    assert err.strip().endswith("the same command goes on from here")
+    status, summary, _, _ = run("trainer.max_epochs=3")
+    assert status == 0
+    assert summary["privacy"]["spent_by_this_run"] == 0
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["epoch"] == 2
 
 
 def test_a_run_folder_of_another_config_is_not_mixed_with(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -228,7 +229,7 @@ class PrototypeLabeler:
             attempt=attempt,
         )
         content = query.to_bytes()
-        noisy, release = self._checked(query, content, ask(content))
+        noisy, release = self._checked(query, content, ask(content), planned[-1])
         targets = class_posteriors(
             features,
             noisy.class_sums().float(),
@@ -240,7 +241,7 @@ class PrototypeLabeler:
         return Labels(self.classes, targets, torch.ones(len(targets)), [release])
 
     def _checked(
-        self, query: PrototypeQuery, content: bytes, answer_bytes: bytes
+        self, query: PrototypeQuery, content: bytes, answer_bytes: bytes, plan: Release
     ) -> tuple[NoisyPrototypes, Release]:
         answer = PrototypeAnswer.from_bytes(answer_bytes)
         if answer.query_id != query_id_of(content):
@@ -252,6 +253,9 @@ class PrototypeLabeler:
             raise MessageError(f"the client must answer {num_classes} × {num_dims} whole numbers")
         if (answer.grid, answer.clip_norm) != (GRID, query.clip_norm):
             raise MessageError("the client's grid or clip_norm is not the one asked for")
+        same_noise = math.isclose(answer.noise_std, plan.noise_std, rel_tol=1e-9)
+        if not same_noise or answer.sample_rate != plan.sample_rate:
+            raise MessageError("the client's noise_std or sample_rate is not the plan's")
         noisy = NoisyPrototypes(
             answer.sums,
             answer.counts,

@@ -121,6 +121,8 @@ def test_a_client_of_200_labels_a_pool_of_its_own_distribution(num_views):
         ({"counts": torch.zeros(2, dtype=torch.int64)}, "whole numbers"),
         ({"sums": torch.zeros(3, 6)}, "whole numbers"),
         ({"clip_norm": 99.0}, "clip_norm"),
+        ({"noise_std": 1e6}, "the plan's"),
+        ({"sample_rate": 0.5}, "the plan's"),
     ],
 )
 def test_an_answer_that_does_not_fit_is_refused(change, words):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ecos_pl.privacy import Release, add_discrete_gaussian, poisson_mask
+from ecos_pl.privacy import PER_SAMPLE, PrivacyUnits, Release, add_discrete_gaussian
 
 GRID = 2.0**-16
 """Step of the public fixed-point grid on which samples are rounded."""
@@ -65,6 +65,7 @@ def release_prototypes(
     count_weight: float,
     noise_multiplier: float,
     sample_rate: float,
+    units: PrivacyUnits = PER_SAMPLE,
 ) -> tuple[NoisyPrototypes, Release]:
     """Release per-class feature sums and class counts of a fresh Poisson sample.
 
@@ -80,22 +81,18 @@ def release_prototypes(
         clip_norm: Largest norm a feature keeps, in feature units; public.
         count_weight: Share of the counts in the vector, at least 2^-16.
         noise_multiplier: Noise scale divided by sensitivity.
-        sample_rate: Probability with which each sample takes part.
+        sample_rate: Probability with which each unit takes part.
+        units: Who counts as one in the guarantee.
 
     Raises:
         ValueError: If an argument is out of range or a feature is not finite.
     """
-    for name, value in (("clip_norm", clip_norm), ("count_weight", count_weight)):
-        if not (math.isfinite(value) and GRID <= value <= 1 / GRID):
-            raise ValueError(f"{name} must lie in [2^-16, 2^16], not {value:g}")
+    _check_share("clip_norm", clip_norm)
+    release = prototype_release(count_weight, noise_multiplier, sample_rate, units.max_samples)
     weight_steps = round(count_weight / GRID)
-    sensitivity = sensitivity_in_steps(weight_steps)
-    release = Release("prototypes", noise_multiplier * sensitivity, sensitivity, sample_rate)
-
-    steps, classes = _sample_steps(features, clip_norm), _checked_labels(labels, num_classes)
-    if len(steps) != len(classes):
-        raise ValueError("features and labels differ in length")
-    keep = poisson_mask(len(steps), release.sample_rate)
+    steps = _sample_steps(features, clip_norm)
+    classes = checked_labels(labels, num_classes, num_samples=len(steps))
+    keep = units.mask(len(steps), release.sample_rate)
     exact = class_totals(steps[keep], classes[keep], num_classes, weight_steps)
     noisy = torch.from_numpy(add_discrete_gaussian(exact, release.noise_std))  # [K, d + 1]
     prototypes = NoisyPrototypes(
@@ -107,6 +104,23 @@ def release_prototypes(
         noise_std=release.noise_std,
     )
     return prototypes, release
+
+
+def prototype_release(
+    count_weight: float, noise_multiplier: float, sample_rate: float, max_samples: int = 1
+) -> Release:
+    """Return what `release_prototypes` costs, before anything is drawn.
+
+    A person moves the vector by at most `max_samples` times the norm of what one sample adds.
+    """
+    _check_share("count_weight", count_weight)
+    sensitivity = max_samples * sensitivity_in_steps(round(count_weight / GRID))
+    return Release("prototypes", noise_multiplier * sensitivity, sensitivity, sample_rate)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not (math.isfinite(value) and GRID <= value <= 1 / GRID):
+        raise ValueError(f"{name} must lie in [2^-16, 2^16], not {value:g}")
 
 
 def sensitivity_in_steps(weight_steps: int) -> float:
@@ -154,9 +168,12 @@ def _sample_steps(features: Tensor, clip_norm: float) -> npt.NDArray[np.int64]:
     return np.trunc(rows / norm[:, None] / GRID).astype(np.int64)
 
 
-def _checked_labels(labels: Tensor, num_classes: int) -> npt.NDArray[np.int64]:
+def checked_labels(labels: Tensor, num_classes: int, *, num_samples: int) -> npt.NDArray[np.int64]:
+    """Return labels `[n]` as numpy integers; ValueError unless they are int64 in [0, K)."""
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError("labels must be a list [n] of int64")
+    if len(labels) != num_samples:
+        raise ValueError("samples and labels differ in length")
     if num_classes < 1:
         raise ValueError("num_classes must be above zero")
     classes: npt.NDArray[np.int64] = labels.detach().cpu().numpy()

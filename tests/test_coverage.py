@@ -1,11 +1,17 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from ecos_pl.coverage import coverage_counts, release_coverage
-from ecos_pl.privacy import Release
+from ecos_pl.coverage import coverage_counts, coverage_release, release_coverage
+from ecos_pl.privacy import PrivacyUnits, Release
+
+ALPHA = 1e-6  # false alarms
+Z = stats.norm.isf(ALPHA / 2)
 
 
 def table(rows, dims, seed):
@@ -86,7 +92,7 @@ def test_wrong_shapes_refused():
         (torch.zeros(3, 2), torch.zeros(2, 3)),
         (torch.zeros(3, 2), torch.zeros(0, 2)),
     ):
-        with pytest.raises(ValueError, match="embeddings and centroids"):
+        with pytest.raises(ValueError, match="centroids"):
             coverage_counts(embeddings, centroids)
 
 
@@ -105,3 +111,62 @@ def test_release():
                 torch.zeros(1, 2),
                 **{"noise_std": 5.0, "sample_rate": 1.0, **bad},
             )
+
+
+OWNERS = np.repeat(np.arange(60), 5)
+PERSONS = PrivacyUnits(OWNERS, 3)
+
+
+def test_persons_cost_what_samples_cost():
+    assert coverage_release(5.0, 0.5) == Release("coverage_counts", 5.0, 1.0, 0.5, True)
+    persons = coverage_release(5.0, 0.5, max_samples=3)
+    assert persons == Release("coverage_counts", 15.0 * 512, 3.0 * 512, 0.5)
+    assert persons.noise_multiplier == coverage_release(5.0, 0.5).noise_multiplier
+    one_each = PrivacyUnits(OWNERS, 1)
+    arguments = {"noise_std": 5.0, "sample_rate": 0.5}
+    for units in (one_each, PERSONS):
+        _, release = release_coverage(table(300, 2, 0), table(4, 2, 1), **arguments, units=units)
+        assert release == coverage_release(5.0, 0.5, units.max_samples)
+
+
+def test_a_person_moves_the_counts_by_at_most_max_samples():
+    embeddings, centroids = table(300, 2, 0), table(20, 2, 1)
+    used = torch.from_numpy(PERSONS.used(300))
+    for person in range(60):
+        others = torch.from_numpy(OWNERS) != person
+        fewer = PrivacyUnits(OWNERS[others.numpy()], 3).used(295)
+        change = coverage_counts(embeddings[used], centroids) - coverage_counts(
+            embeddings[others][torch.from_numpy(fewer)], centroids
+        )
+        assert change.min() >= 0
+        assert change.sum() == 3
+
+
+@pytest.mark.parametrize(("max_samples", "used"), [(1, 60), (3, 180), (9, 300)])
+def test_noise_of_persons_is_as_declared(max_samples, used):
+    units = PrivacyUnits(OWNERS, max_samples)
+    centroids = torch.arange(20_000.0)[:, None]
+    noisy, _ = release_coverage(
+        torch.full((300, 1), 7.0), centroids, noise_std=5.0, sample_rate=1.0, units=units
+    )
+    noisy[7] -= used
+    variance = (5.0 * max_samples) ** 2 + (1 / 12 if max_samples > 1 else 0)
+    n, residual = len(noisy), noisy.double().numpy()
+    assert abs(residual[7]) < 6 * math.sqrt(variance)
+    assert abs(residual.mean()) < Z * math.sqrt(variance / n)
+    low, high = stats.chi2.ppf([ALPHA / 2, 1 - ALPHA / 2], n - 1) / (n - 1)
+    assert low < residual.var(ddof=1) / variance < high
+
+
+def test_persons_are_sampled_whole():
+    """One bin, many persons: between them the counts vary by whole persons."""
+    owners = np.repeat(np.arange(10_000), 4)
+    noisy, _ = release_coverage(
+        torch.zeros(40_000, 1),
+        torch.zeros(1, 1),
+        noise_std=1.0,
+        sample_rate=0.5,
+        units=PrivacyUnits(owners, 4),
+    )
+    spread = math.sqrt(4**2 * 10_000 / 4 + 4**2)
+    assert abs(noisy.item() - 20_000) < Z * spread

@@ -6,10 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ecos_pl.accounting import epsilon_of
+from ecos_pl.privacy import PrivacyUnits
 from ecos_pl.prototypes import (
     GRID,
     _sample_steps,
     class_totals,
+    prototype_release,
     release_prototypes,
     sensitivity_in_steps,
 )
@@ -128,6 +131,35 @@ def test_count_weight_is_the_rounded_one():
     assert noisy.sums.dtype == noisy.counts.dtype == torch.int64
     assert noisy.sums.shape == (2, 2)
     assert noisy.counts.shape == (2,)
+
+
+def test_persons_cost_what_samples_cost():
+    samples = prototype_release(0.5, 3.0, 0.5)
+    persons = prototype_release(0.5, 3.0, 0.5, max_samples=4)
+    assert persons.sensitivity == 4 * samples.sensitivity
+    assert persons.noise_std == 4 * samples.noise_std
+    assert epsilon_of([persons], 1e-5) == pytest.approx(epsilon_of([samples], 1e-5), rel=1e-6)
+
+
+def test_a_persons_samples_move_the_vector_within_its_sensitivity():
+    """Four equal, longest samples of one person: the bound is reached, and not exceeded."""
+    steps = _sample_steps(torch.eye(3)[[0, 0, 0, 0]] * 9, 1.0)
+    moved = class_totals(steps, np.zeros(4, np.int64), 2, 2**15)
+    bound = prototype_release(0.5, 3.0, 1.0, max_samples=4).sensitivity
+    assert math.sqrt((moved.astype(float) ** 2).sum()) == pytest.approx(bound, rel=1e-15)
+
+
+def test_only_a_persons_first_samples_are_summed():
+    owners = np.repeat(np.arange(1000), 5)
+    features, labels = torch.ones(5000, 1), torch.zeros(5000, dtype=torch.int64)
+    noisy, release = release_prototypes(
+        features, labels, 1, **SETTINGS, units=PrivacyUnits(owners, 3)
+    )
+    assert release == prototype_release(0.5, 3.0, 1.0, max_samples=3)
+    assert noisy.noise_std == release.noise_std
+    assert noisy.sum_noise_std == pytest.approx(3 * 3.0 * math.sqrt(1.25) * 2.0)
+    assert abs(noisy.class_counts().item() - 3000) < 6 * noisy.count_noise_std
+    assert abs(noisy.class_sums().item() - 3000) < 6 * noisy.sum_noise_std
 
 
 @pytest.mark.parametrize(

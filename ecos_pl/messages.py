@@ -1,70 +1,44 @@
-"""What crosses between the parties: safetensors bytes with a JSON header, and nothing else.
+"""What crosses between the parties: the questions and their answers.
 
-Shapes: D encoder dimensions, d projected dimensions, R centroids, K classes.
+`Message.from_bytes` refuses whatever is not exactly of its kind. What only the client can judge
+(its encoder, its policy) is checked in `client.py`; what only the cloud can judge (does the answer
+fit the question and the plan) where it asks.
+
+Shapes: D encoder dimensions, d projected dimensions, R centroids, K classes, Q points.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-VERSION = 1
-MAX_BYTES = 256 * 2**20
+from ecos_pl.envelope import MessageError
+from ecos_pl.message_format import Message, kind_of, query_id_of
 
+__all__ = [
+    "ANSWERS",
+    "Answer",
+    "CoverageAnswer",
+    "CoverageQuery",
+    "Encoding",
+    "MessageError",
+    "PrototypeAnswer",
+    "PrototypeQuery",
+    "Query",
+    "Refusal",
+    "TableAnswer",
+    "TableQuery",
+    "VoteAnswer",
+    "VoteQuery",
+    "kind_of",
+    "query_id_of",
+    "read_query",
+]
 
-class MessageError(ValueError):
-    """A message that is damaged or not of the expected kind; nothing is charged for it."""
-
-
-M = TypeVar("M", bound="Message")
-
-
-@dataclass(frozen=True)
-class Message:
-    """Base of all messages: tensors and plain values of a dataclass, to bytes and back.
-
-    A ``Tensor`` field travels as it is; every other field as JSON in the header. Bytes are the
-    same for equal content, so their hash names a query.
-    """
-
-    kind: ClassVar[str]
-
-    def to_bytes(self) -> bytes:
-        """Serialise; non-finite numbers are refused with a ValueError."""
-        tensors = {f.name: value for f in fields(self) if isinstance(value := self._at(f), Tensor)}
-        plain = {f.name: self._at(f) for f in fields(self) if f.name not in tensors}
-        _check_types(type(self), {**plain, **tensors})
-        header = {"kind": self.kind, "version": VERSION, **plain}
-        text = json.dumps(header, sort_keys=True, allow_nan=False)
-        return save({k: v.contiguous() for k, v in tensors.items()}, {"header": text})
-
-    @classmethod
-    def from_bytes(cls: type[M], content: bytes) -> M:
-        """Parse and check kind, version, fields and finiteness.
-
-        Raises:
-            MessageError: Anything is not as it must be; the text is one line.
-        """
-        header, tensors = _parse(content, cls.kind)
-        names = {f.name for f in fields(cls)}
-        found = {**header, **tensors}
-        odd = (set(found) ^ names) | (set(header) & set(tensors))
-        if odd:
-            wrong = ", ".join(map(repr, sorted(odd)))
-            raise MessageError(f"{cls.kind}: missing, unknown or repeated fields: {wrong}")
-        _check_types(cls, found)
-        return cls(**found)
-
-    def _at(self, field: Any) -> Any:
-        return getattr(self, field.name)
+MAX_CLASSES = 10_000
 
 
 @dataclass(frozen=True)
@@ -80,11 +54,20 @@ class Encoding:
     components: Tensor  # [d, D] float16
 
     def check_encoding(self) -> None:
-        """Raise MessageError unless the shapes fit."""
+        """Raise MessageError unless names, types and shapes fit."""
+        texts = [self.encoder.get("name"), self.encoder.get("features")]
+        named = all(isinstance(t, str) and 0 < len(t) <= 200 and t.isprintable() for t in texts)
+        size = self.encoder.get("image_size")
+        sized = type(size) is int and 1 <= size <= 4096
+        if set(self.encoder) != {"name", "image_size", "features"} or not named or not sized:
+            raise MessageError("the encoder must be given by name, image_size and features alone")
+        if len(self.encoder_fingerprint) != 64:
+            raise MessageError("the encoder's fingerprint must be 64 hexadecimal digits")
         if self.mean.ndim != 1 or self.components.ndim != 2 or len(self.components) < 1:
             raise MessageError("the projection must be a mean [D] and components [d, D]")
         if self.components.shape[1] != len(self.mean):
             raise MessageError("the projection's mean and components differ in dimension")
+        _check_half(mean=self.mean, components=self.components)
 
     def project(self, embeddings: Tensor) -> Tensor:
         """Apply the map to embeddings [n, D]: [n, d] float32, each row on its own."""
@@ -102,24 +85,13 @@ class CoverageQuery(Message, Encoding):
 
     kind: ClassVar[str] = "coverage_query"
     centroids: Tensor  # [R, d] float16
+    noise_std: float
+    sample_rate: float
     attempt: int
 
     def __post_init__(self) -> None:
         self.check_encoding()
-        if self.centroids.ndim != 2 or self.centroids.shape[1] != len(self.components):
-            raise MessageError("the centroids must be [R, d] with the projection's d")
-
-
-@dataclass(frozen=True)
-class CoverageAnswer(Message):
-    """Noisy coverage counts, with what the client declares about their noise."""
-
-    kind: ClassVar[str] = "coverage_answer"
-    query_id: str
-    noisy_counts: Tensor  # [R] int64
-    noise_std: float
-    sample_rate: float
-    relation: str
+        _check_points("centroids", self.centroids, self.components)
 
 
 @dataclass(frozen=True)
@@ -131,104 +103,152 @@ class PrototypeQuery(Message, Encoding):
     clip_norm: float
     count_weight: float
     noise_multiplier: float
+    sample_rate: float
     attempt: int
 
     def __post_init__(self) -> None:
         self.check_encoding()
+        _check_classes(self.classes)
 
 
 @dataclass(frozen=True)
-class PrototypeAnswer(Message):
+class TableQuery(Message, Encoding):
+    """How many of your images of each class lie nearest to each of these centroids?"""
+
+    kind: ClassVar[str] = "table_query"
+    centroids: Tensor  # [R, d] float16
+    classes: list[str]
+    noise_std: float
+    sample_rate: float
+    attempt: int
+
+    def __post_init__(self) -> None:
+        self.check_encoding()
+        _check_points("centroids", self.centroids, self.components)
+        _check_classes(self.classes)
+
+
+@dataclass(frozen=True)
+class VoteQuery(Message, Encoding):
+    """Of which class are most of your images near each of these points? (private kNN)
+
+    ``screening_noise_std`` and ``threshold`` are zero where no vote is screened.
+    """
+
+    kind: ClassVar[str] = "vote_query"
+    points: Tensor  # [Q, d] float16
+    classes: list[str]
+    num_neighbors: int
+    max_answers: int
+    vote_noise_std: float
+    screening_noise_std: float
+    threshold: float
+    sample_rate: float
+    attempt: int
+
+    def __post_init__(self) -> None:
+        self.check_encoding()
+        _check_points("points", self.points, self.components)
+        _check_classes(self.classes)
+
+
+@dataclass(frozen=True)
+class Answer(Message):
+    """What every answer declares about its noise.
+
+    ``max_per_unit`` is how many samples of one unit of privacy took part at most: 1 where each
+    sample is protected on its own, m where a person with up to m samples is. Noise is that many
+    times what was asked for, so that the noise multiplier, and ε, are what was asked for.
+    """
+
+    query_id: str
+    sample_rate: float
+    relation: str
+    max_per_unit: int
+
+
+@dataclass(frozen=True)
+class CoverageAnswer(Answer):
+    """Noisy coverage counts."""
+
+    kind: ClassVar[str] = "coverage_answer"
+    noisy_counts: Tensor  # [R] int64
+    noise_std: float
+
+
+@dataclass(frozen=True)
+class PrototypeAnswer(Answer):
     """Noisy per-class feature sums and counts, in steps of the public grid."""
 
     kind: ClassVar[str] = "prototype_answer"
-    query_id: str
     sums: Tensor  # [K, d] int64
     counts: Tensor  # [K] int64
     grid: float
     clip_norm: float
     count_weight: float
     noise_std: float
-    sample_rate: float
-    relation: str
 
 
-def query_id_of(content: bytes) -> str:
-    """The name of a query: the first half of its SHA-256, 32 hex digits."""
-    return hashlib.sha256(content).hexdigest()[:32]
+@dataclass(frozen=True)
+class TableAnswer(Answer):
+    """Noisy counts of each class at each centroid."""
+
+    kind: ClassVar[str] = "table_answer"
+    noisy_counts: Tensor  # [R, K] int64
+    noise_std: float
 
 
-def kind_of(content: bytes) -> str:
-    """Which kind of message some bytes hold."""
-    return str(_parse(content, None)[0]["kind"])
+@dataclass(frozen=True)
+class VoteAnswer(Answer):
+    """The class with most noisy votes at each point; -1 where none was given."""
+
+    kind: ClassVar[str] = "vote_answer"
+    labels: Tensor  # [Q] int64
 
 
-def _parse(content: bytes, kind: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if len(content) > MAX_BYTES:
-        raise MessageError(f"a message of {len(content):,} bytes exceeds the limit {MAX_BYTES:,}")
-    try:
-        tensors = load(content)
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-        header = json.loads(
-            metadata["header"],
-            parse_constant=_refuse,
-            parse_float=_finite,
-            object_pairs_hook=_without_duplicates,
-        )
-        if not isinstance(header, dict) or not isinstance(header.get("kind"), str):
-            raise ValueError("its header names no kind")
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise MessageError(f"not a readable message: {_one_line(error)}") from error
-    if header.get("version") != VERSION:
-        raise MessageError(f"message version {header.get('version')!r}, expected {VERSION}")
-    if kind is None:
-        return header, tensors
-    if header.get("kind") != kind:
-        raise MessageError(f"expected a {kind}, got a {header.get('kind')!r}")
-    return {k: v for k, v in header.items() if k not in ("kind", "version")}, tensors
+@dataclass(frozen=True)
+class Refusal(Message):
+    """The client does not answer; nothing was charged unless the reason says so."""
+
+    kind: ClassVar[str] = "refusal"
+    query_id: str
+    reason: str
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "Tensor": (Tensor,),
-    "str": (str,),
-    "int": (int,),
-    "float": (float, int),
-    "list[str]": (list,),
-    "dict[str, Any]": (dict,),
-}
-_DTYPES = (torch.float16, torch.float32, torch.int64)
+Query = CoverageQuery | PrototypeQuery | TableQuery | VoteQuery
+QUERIES: tuple[type[Query], ...] = (CoverageQuery, PrototypeQuery, TableQuery, VoteQuery)
+ANSWERS: tuple[type[Answer], ...] = (CoverageAnswer, PrototypeAnswer, TableAnswer, VoteAnswer)
 
 
-def _check_types(message: type[Message], values: dict[str, Any]) -> None:
-    for field in fields(message):
-        name, value, kind = field.name, values[field.name], str(field.type)
-        items = value if isinstance(value, list) else []
-        if (
-            not isinstance(value, _TYPES[kind])
-            or isinstance(value, bool)
-            or not all(isinstance(item, str) for item in items)
-            or (isinstance(value, Tensor) and value.dtype not in _DTYPES)
-        ):
-            raise MessageError(f"{message.kind}: {name} is not of type {kind}")
-        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
-            raise MessageError(f"{message.kind}: {name} holds a value that is not finite")
+def read_query(content: bytes) -> Query:
+    """Parse a query of any kind.
+
+    Raises:
+        MessageError: It is damaged, or no query; the text is one line.
+    """
+    kind = kind_of(content)
+    for query in QUERIES:
+        if kind == query.kind:
+            return query.from_bytes(content)
+    raise MessageError(f"a client does not answer a {kind!r}")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _check_half(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float16:
+            raise MessageError(f"the {name} must be float16, not {tensor.dtype}")
 
 
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not a number")
+def _check_points(name: str, points: Tensor, components: Tensor) -> None:
+    if points.ndim != 2 or len(points) < 1 or points.shape[1] != len(components):
+        raise MessageError(f"the {name} must be a table [R, d] with the projection's d")
+    _check_half(**{name: points})
 
 
-def _finite(text: str) -> float:
-    return float(text) if math.isfinite(float(text)) else _refuse(text)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
+def _check_classes(classes: list[str]) -> None:
+    if not 1 <= len(classes) <= MAX_CLASSES:
+        raise MessageError(f"between 1 and {MAX_CLASSES:,} classes must be named")
+    if len(set(classes)) != len(classes):
+        raise MessageError("a class is named twice")
+    if not all(0 < len(name) <= 200 for name in classes):
+        raise MessageError("a class name must have 1 to 200 characters")

@@ -7,15 +7,22 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ecos_pl import messages
+from ecos_pl import message_format
+from ecos_pl.message_format import describe_message
 from ecos_pl.messages import (
     CoverageAnswer,
     CoverageQuery,
     MessageError,
     PrototypeAnswer,
     PrototypeQuery,
+    Refusal,
+    TableAnswer,
+    TableQuery,
+    VoteAnswer,
+    VoteQuery,
     kind_of,
     query_id_of,
+    read_query,
 )
 
 
@@ -25,11 +32,13 @@ def table(*shape, seed=0):
 
 def coverage_query(**changes):
     fields = {
-        "encoder": {"name": "tf_efficientnet_lite0", "weights": "auto", "image_size": 48},
+        "encoder": {"name": "tf_efficientnet_lite0", "image_size": 48, "features": "final"},
         "encoder_fingerprint": "ab" * 32,
         "mean": table(6).half(),
         "components": table(3, 6, seed=1).half(),
         "centroids": table(5, 3, seed=2).half(),
+        "noise_std": 5.0,
+        "sample_rate": 0.25,
         "attempt": 0,
     }
     return CoverageQuery(**{**fields, **changes})
@@ -41,14 +50,15 @@ def coverage_answer(**changes):
         "noisy_counts": torch.tensor([3, -7, 2**40]),
         "noise_std": 5.0,
         "sample_rate": 0.25,
-        "relation": "add_or_remove_one",
+        "relation": "add/remove",
+        "max_per_unit": 1,
     }
     return CoverageAnswer(**{**fields, **changes})
 
 
 def prototype_query(**changes):
     fields = {
-        "encoder": {"name": "x"},
+        "encoder": {"name": "x", "image_size": 32, "features": "grid"},
         "encoder_fingerprint": "cd" * 32,
         "mean": table(4).half(),
         "components": table(2, 4).half(),
@@ -56,6 +66,7 @@ def prototype_query(**changes):
         "clip_norm": 1.0,
         "count_weight": 0.1,
         "noise_multiplier": 4.4,
+        "sample_rate": 1.0,
         "attempt": 1,
     }
     return PrototypeQuery(**{**fields, **changes})
@@ -71,11 +82,45 @@ def prototype_answer():
         count_weight=0.1,
         noise_std=4500.1,
         sample_rate=1.0,
-        relation="add_or_remove_one",
+        relation="add/remove",
+        max_per_unit=1,
     )
 
 
-ALL = [coverage_query(), coverage_answer(), prototype_query(), prototype_answer()]
+def table_query(**changes):
+    fields = {f.name: getattr(coverage_query(), f.name) for f in dataclasses.fields(CoverageQuery)}
+    return TableQuery(**{**fields, "classes": ["cat", "dog"], **changes})
+
+
+def vote_query(**changes):
+    fields = {
+        "encoder": {"name": "x", "image_size": 32, "features": "grid"},
+        "encoder_fingerprint": "cd" * 32,
+        "mean": table(4).half(),
+        "components": table(2, 4).half(),
+        "points": table(7, 2).half(),
+        "classes": ["cat", "dog"],
+        "num_neighbors": 40,
+        "max_answers": 5,
+        "vote_noise_std": 20.0,
+        "screening_noise_std": 30.5,
+        "threshold": 24.0,
+        "sample_rate": 1.0,
+        "attempt": 0,
+    }
+    return VoteQuery(**{**fields, **changes})
+
+
+DECLARED = {
+    "query_id": "2" * 32,
+    "sample_rate": 1.0,
+    "relation": "add/remove",
+    "max_per_unit": 3,
+}
+TABLE = TableAnswer(noisy_counts=torch.arange(-4, 6).view(5, 2), noise_std=4.0, **DECLARED)
+VOTES = VoteAnswer(labels=torch.tensor([0, -1, 1]), **DECLARED)
+QUERIES = [coverage_query(), prototype_query(), table_query(), vote_query()]
+ALL = [*QUERIES, coverage_answer(), prototype_answer(), TABLE, VOTES, Refusal("0" * 32, "no")]
 each = pytest.mark.parametrize("message", ALL, ids=lambda message: message.kind)
 
 
@@ -138,7 +183,7 @@ def test_layout_in_memory_and_order_of_keys_do_not_change_the_bytes():
 
 def test_nothing_but_the_fields_crosses():
     size = len(coverage_answer().to_bytes())
-    assert size < 600
+    assert size < 620
     assert len(coverage_answer(noisy_counts=torch.zeros(1003).long()).to_bytes()) - size < 8020
     names = {f.name for f in dataclasses.fields(CoverageAnswer)}
     assert set(GOOD) == (names - {"noisy_counts"}) | {"kind", "version"}
@@ -179,10 +224,10 @@ def test_other_kinds_are_refused(message):
             assert reason == f"expected a {message.kind}, got a '{other.kind}'"
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_other_versions_are_refused(version):
     content = with_header({**GOOD, "version": version})
-    assert refusal(content) == f"message version {version!r}, expected 1"
+    assert refusal(content) == f"message version {version!r}, expected 2"
     with pytest.raises(MessageError, match="version"):
         kind_of(content)
 
@@ -277,9 +322,9 @@ def test_a_tensor_cannot_stand_in_for_a_number():
 
 def test_a_message_above_the_limit_is_refused(monkeypatch):
     content = coverage_answer().to_bytes()
-    monkeypatch.setattr(messages, "MAX_BYTES", len(content))
+    monkeypatch.setattr(message_format, "MAX_BYTES", len(content))
     CoverageAnswer.from_bytes(content)
-    monkeypatch.setattr(messages, "MAX_BYTES", len(content) - 1)
+    monkeypatch.setattr(message_format, "MAX_BYTES", len(content) - 1)
     assert "exceeds the limit" in refusal(content)
 
 
@@ -327,3 +372,66 @@ def test_each_row_is_projected_on_its_own_bit_for_bit(num_dims, num_kept):
         assert torch.equal(query.project(rows[::skip]), whole[::skip])
     assert torch.equal(query.project(rows.flip(0)), whole.flip(0))
     assert torch.equal(torch.cat([query.project(row[None]) for row in rows]), whole)
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.kind)
+def test_every_query_is_read_and_no_answer_is_one(query):
+    assert read_query(query.to_bytes()).to_bytes() == query.to_bytes()
+    with pytest.raises(MessageError, match="does not answer a 'vote_answer'"):
+        read_query(VOTES.to_bytes())
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        {},
+        {"name": "x", "image_size": 48},
+        {"name": "x", "image_size": 48, "features": "final", "weights": "/home/me"},
+        {"name": "", "image_size": 48, "features": "final"},
+        {"name": ["x"], "image_size": 48, "features": "final"},
+        {"name": "x\n", "image_size": 48, "features": "final"},
+        {"name": "x", "image_size": 48.0, "features": "final"},
+        {"name": "x", "image_size": True, "features": "final"},
+        {"name": "x", "image_size": 10**6, "features": "final"},
+        {"name": "x", "image_size": 48, "features": None},
+    ],
+)
+def test_the_encoder_is_named_and_nothing_else(encoder):
+    with pytest.raises(MessageError, match="name, image_size and features alone"):
+        coverage_query(encoder=encoder)
+
+
+@pytest.mark.parametrize("name", ["mean", "components", "centroids"])
+def test_float32_is_refused_where_float16_is_due(name):
+    with pytest.raises(MessageError, match=f"{name} must be float16"):
+        coverage_query(**{name: getattr(coverage_query(), name).float()})
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ([], "between 1 and 10,000"),
+        (["a", "a"], "named twice"),
+        (["a" * 201], "1 to 200 characters"),
+        ([""], "1 to 200 characters"),
+        ([str(number) for number in range(10_001)], "between 1 and 10,000"),
+    ],
+)
+def test_odd_classes_are_refused(classes, words):
+    for make in (prototype_query, table_query, vote_query):
+        with pytest.raises(MessageError, match=words):
+            make(classes=classes)
+
+
+def test_a_number_beyond_any_range_is_refused_and_breaks_nothing():
+    text = json.dumps(GOOD).replace('"noise_std": 5.0', '"noise_std": 1' + "0" * 400)
+    assert "noise_std is out of range" in refusal(with_header(text))
+
+
+@each
+def test_a_message_in_words_names_every_field_and_fits_a_terminal(message):
+    lines = describe_message(message.to_bytes())
+    assert lines[0] == f"{message.kind} (version 2)"
+    for field in dataclasses.fields(message):
+        assert any(line.split()[0] == field.name for line in lines[1:])
+    assert all(line.isprintable() for line in lines)

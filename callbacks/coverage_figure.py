@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CoverageFigure(Callback):
-    """Writes ``figures/coverage.png``: noisy counts, threshold and quotas of all clusters.
+    """Writes ``figures/coverage.png``: noisy counts and quotas of all clusters.
 
     Nothing where the client was not asked for counts.
     """
@@ -50,7 +50,7 @@ def draw_coverage(result: ProbeResult) -> Figure:
     bars = figure.subplots()
     width = 0.85 if num_clusters <= 100 else 1.0
     handles = []
-    for which, colour, name in ((kept, BLUE, "kept"), (~kept, GREY, "dropped")):
+    for which, colour, name in ((kept, BLUE, "relevant"), (~kept, GREY, "other")):
         label = f"noisy count, {name} clusters ({int(which.sum())})"
         bars.bar(places[which].tolist(), counts[which].tolist(), width, color=colour)
         handles.append(bars.bar([0], [0], color=colour, label=label))
@@ -59,7 +59,7 @@ def draw_coverage(result: ProbeResult) -> Figure:
         color=DARK,
         linewidth=1.2,
         linestyle="--",
-        label=f"threshold {threshold:.1f} images",
+        label=f"edge of the relevant region, {threshold:.1f} images a cluster",
     )
     steps = bars.twinx()
     edges = [place - 0.5 for place in range(num_clusters + 1)]
@@ -84,8 +84,8 @@ def draw_coverage(result: ProbeResult) -> Figure:
     steps.tick_params(axis="y", colors=ORANGE)
     bars.legend(handles=[*handles, line, stairs], fontsize=8, frameon=False, loc="upper right")
     figure.suptitle(
-        f"R = {num_clusters} clusters, {int(kept.sum())} kept; {int(quotas.sum())} proxy images\n"
-        f"{result.statement}",
+        f"R = {num_clusters} clusters, {int(kept.sum())} relevant; "
+        f"{int(quotas.sum())} proxy images\n{result.statement}",
         fontsize=10,
     )
     return figure

@@ -5,18 +5,23 @@ Shapes: N pool rows, R clusters, d embedding dimensions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ecos_pl.clustering import Rows
+from ecos_pl.count_smoothing import ClientDensity, smooth_counts
 
 STRATEGIES = ("ecos", "random", "all")
 
-FALSE_CLUSTERS = 1.0
-"""Irrelevant clusters that may pass the threshold by noise alone, expected over all R."""
+CORE_SHARE = 0.75
+"""Share of the client's images that the core of its density holds; the rest is spread thinly."""
+
+CHUNK_ROWS = 4096
+"""Rows whose densities are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,13 @@ class Selection:
     Attributes:
         indices: [size] int64, chosen rows, ascending and unique.
         quotas: [R] int64, rows taken from each cluster.
-        kept: [R] bool, clusters whose noisy count passed the threshold.
-        threshold: Smallest noisy count that is kept, in images (0 where no count was asked for).
-        num_filled_up: Rows taken from clusters below the threshold to reach the size.
+        kept: [R] bool, clusters of which at least half the rows are relevant.
+        threshold: Density from which on a row is relevant, in client images per cluster of
+            average size (0 where no count was asked for).
+        num_filled_up: Rows taken that are not relevant, to reach the size.
+
+    A row is relevant if it belongs to the densest ones that hold all of the client's images (see
+    ``densest_rows``).
     """
 
     indices: Tensor
@@ -42,29 +51,54 @@ def default_num_clusters(pool_size: int, noise_std: float) -> int:
     """Number of clusters R to ask about, when the user gives none.
 
     More clusters separate domains better, but spread the client's images thinner while the noise
-    on each count stays the same. Two bounds, the smaller one rules: 50 pool images a cluster, so
-    that there is something to choose from, and ``1000 / noise_std``, so that a client of some
-    1,000 images whose distribution fills an eighth of the clusters leaves about eight noise
-    standard deviations in each of them. Nothing private enters. Between 2 and 1,000.
+    on each count stays the same; smoothing makes up for a part of that. Two bounds, the smaller
+    one rules: 50 pool images a cluster, so that there is something to choose from, and
+    ``500 / noise_std``, so that a client of a few hundred images whose distribution fills an
+    eighth of the clusters leaves a few noise standard deviations in each of them. Nothing private
+    enters. Between 2 and 1,000.
 
     >>> default_num_clusters(14_000, 5.0), default_num_clusters(300, 5.0)
-    (200, 6)
+    (100, 6)
     """
-    return max(2, min(round(pool_size / 50), round(1000 / noise_std), 1000))
+    return max(2, min(round(pool_size / 50), round(500 / noise_std), 1000))
 
 
-def count_threshold(num_clusters: int, noise_std: float) -> float:
-    """Noisy count above which a cluster is kept, in images.
+def densities(density: ClientDensity, embeddings: Rows) -> Tensor:
+    """The client's density [N] at each row of the pool, a chunk at a time."""
+    parts = []
+    for first in range(0, len(embeddings), CHUNK_ROWS):
+        chunk = embeddings[first : first + CHUNK_ROWS]
+        # A copy: a memory map may be read-only, which tensors cannot be.
+        rows = chunk if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
+        parts.append(density(rows))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
-    With ``z`` the normal quantile of ``1 - FALSE_CLUSTERS / R``, a cluster that holds no client
-    image passes ``z * noise_std`` with probability ``FALSE_CLUSTERS / R``: one false cluster is
-    expected in all, however many are asked about. At least half an image.
 
-    >>> round(count_threshold(200, 5.0), 2)
-    12.88
+def densest_rows(
+    row_densities: Tensor, noisy_counts: Tensor, noise_std: float, *, share: float
+) -> Tensor:
+    """Mark the fewest rows [N] bool that hold a share of the client's images.
+
+    A highest density region (Hyndman 1996). How many images the client has is known but for the
+    noise on R counts, so one standard deviation of their sum, ``noise_std · √R``, is taken off
+    first: the less is certain, the fewer rows are marked; none where the sum drowns.
+
+    Args:
+        row_densities: [N], estimated client images at each row; the negative ones count, too:
+            in the sum they make up for what noise alone put elsewhere.
+        noisy_counts: [R].
+        noise_std: Of the counts, in images.
+        share: Above 0, at most 1.
     """
-    tail = min(0.5, FALSE_CLUSTERS / num_clusters)
-    return max(0.5, noise_std * NormalDist().inv_cdf(1 - tail))
+    order = row_densities.argsort(descending=True, stable=True)
+    held = row_densities[order].cumsum(0)
+    marked = torch.zeros(len(order), dtype=torch.bool)
+    total, doubt = float(noisy_counts.sum()), noise_std * math.sqrt(len(noisy_counts))
+    if len(order) and total > doubt:
+        wanted = share * (1 - doubt / total) * float(held[-1])
+        before = held - row_densities[order]
+        marked[order[before.cummax(0).values < wanted]] = True
+    return marked & (row_densities > 0)
 
 
 def water_fill(weights: Tensor, capacities: Tensor, total: int) -> Tensor:
@@ -105,7 +139,12 @@ def water_fill(weights: Tensor, capacities: Tensor, total: int) -> Tensor:
 
 
 def diverse_picks(
-    embeddings: Rows, assignments: Tensor, centroids: Tensor, quotas: Tensor
+    embeddings: Rows,
+    assignments: Tensor,
+    centroids: Tensor,
+    quotas: Tensor,
+    *,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """Rows [sum(quotas)] that cover each cluster: the most central one, then farthest first.
 
@@ -116,10 +155,12 @@ def diverse_picks(
         embeddings: [N, d], finite.
         assignments: [N] int64 in [0, R).
         centroids: [R, d].
-        quotas: [R] int64, none above its cluster's size.
+        quotas: [R] int64, none above its cluster's number of candidates.
+        candidates: [N] bool, rows that may be taken; None for all.
     """
     quotas = quotas.clone()
-    active = torch.nonzero(quotas[assignments] > 0).flatten()
+    wanted = quotas[assignments] > 0
+    active = torch.nonzero(wanted if candidates is None else wanted & candidates).flatten()
     chosen = []
     closest: Tensor | None = None  # squared distance of each active row to its cluster's picks
     while len(active):
@@ -161,10 +202,12 @@ def select(
 ) -> Selection:
     """Choose the proxy set.
 
-    ``ecos`` keeps the clusters whose noisy count passes ``count_threshold``, gives each a quota
-    in proportion to its count (``water_fill``) and takes diverse rows of it. Where the kept
-    clusters hold fewer rows than asked for, the next-best clusters fill up. ``random`` and
-    ``all`` are the baselines; they need no counts.
+    ``ecos`` smooths the counts into a density over the pool's embeddings (``smooth_counts``) and
+    finds the core of it, the densest rows with ``CORE_SHARE`` of the client's images. Each cluster
+    gets a quota in proportion to the density of its core rows (``water_fill``), filled by diverse
+    ones of them. A core with fewer rows than asked for is taken whole, and the next densest rows
+    fill up: the size is always reached.
+    ``random`` and ``all`` are the baselines; they need no counts.
 
     Args:
         noisy_counts: [R], the client's answer; None for the baselines.
@@ -189,19 +232,37 @@ def select(
     elif strategy == "ecos":
         if noisy_counts is None:
             raise ValueError("the strategy ecos needs the client's noisy counts")
-        threshold = count_threshold(num_clusters, noise_std)
-        kept = noisy_counts >= threshold
-        quotas = water_fill(torch.where(kept, noisy_counts, 0), sizes, size)
-        num_filled_up = min(size, num_rows) - int(quotas.sum())
-        best_first = torch.where(kept, -torch.inf, noisy_counts.double()).argsort(
-            descending=True, stable=True
-        )
-        room = torch.where(kept, 0, sizes)[best_first].cumsum(0)
-        extra = room.clamp_max(num_filled_up).diff(prepend=torch.zeros(1, dtype=room.dtype))
-        quotas[best_first] += extra
-        indices = diverse_picks(embeddings, assignments, centroids, quotas)
+        density = smooth_counts(noisy_counts, centroids, sizes, noise_std)
+        row_densities = densities(density, embeddings)
+        relevant = densest_rows(row_densities, noisy_counts, noise_std, share=1.0)
+        core = densest_rows(row_densities, noisy_counts, noise_std, share=CORE_SHARE)
+        indices = _from_the_core(row_densities, core, assignments, embeddings, centroids, size)
+        num_filled_up = int((~relevant[indices]).sum())
+        num_relevant = torch.bincount(assignments[relevant], minlength=num_clusters)
+        kept = (num_relevant > 0) & (2 * num_relevant >= sizes)
+        edge = row_densities[relevant].min() if relevant.any() else row_densities.max()
+        threshold = float(edge) * num_rows / num_clusters
     else:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
     indices = indices.sort().values
     quotas = torch.bincount(assignments[indices], minlength=num_clusters)
     return Selection(indices, quotas, kept, threshold, num_filled_up)
+
+
+def _from_the_core(
+    row_densities: Tensor,
+    core: Tensor,
+    assignments: Tensor,
+    embeddings: Rows,
+    centroids: Tensor,
+    size: int,
+) -> Tensor:
+    """Rows [size]: diverse ones of the core, then the next densest."""
+    room = torch.bincount(assignments[core], minlength=len(centroids))
+    shares = torch.zeros(len(centroids), dtype=torch.float64)
+    shares.index_add_(0, assignments[core], row_densities[core])
+    quotas = water_fill(shares, room, size)
+    picks = diverse_picks(embeddings, assignments, centroids, quotas, candidates=core)
+    rest = row_densities.index_fill(0, picks, -torch.inf).argsort(descending=True, stable=True)
+    num_missing = min(size, len(rest)) - len(picks)
+    return torch.cat([picks, rest[:num_missing]])

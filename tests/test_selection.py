@@ -6,11 +6,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ecos_pl import selection
+from ecos_pl.count_smoothing import smooth_counts
 from ecos_pl.selection import (
-    FALSE_CLUSTERS,
+    CORE_SHARE,
     STRATEGIES,
-    count_threshold,
     default_num_clusters,
+    densest_rows,
+    densities,
     diverse_picks,
     select,
     water_fill,
@@ -130,32 +133,7 @@ def test_water_fill_keeps_small_weights_beside_huge_ones():
     ]
 
 
-# --- threshold, number of clusters ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("num_clusters", "noise_std"), [(20, 5.0), (200, 5.0), (1000, 40.0)])
-def test_one_false_cluster_is_expected(num_clusters, noise_std):
-    """Empty clusters under the discrete Gaussian noise that the client draws, summed exactly."""
-    integers = np.arange(-20 * int(noise_std), 20 * int(noise_std) + 1)
-    mass = np.exp(-(integers**2) / (2 * noise_std**2))
-    passing = mass[integers >= count_threshold(num_clusters, noise_std)].sum() / mass.sum()
-    # Whole numbers: the threshold may lie up to half a step off the continuous one.
-    step = math.exp(0.5 / noise_std * 3.5)
-    assert 1 / step < num_clusters * passing / FALSE_CLUSTERS < step
-
-
-def test_one_false_cluster_is_seen():
-    noise = 5 * torch.randn(4000, 50, generator=generator())
-    false = (noise >= count_threshold(50, 5.0)).double().sum(1).mean()
-    assert float(false) == pytest.approx(FALSE_CLUSTERS, abs=5 / math.sqrt(4000))
-
-
-def test_threshold_grows_with_noise_and_clusters():
-    thresholds = [count_threshold(r, 5.0) for r in (2, 10, 100, 1000)]
-    assert thresholds == sorted(thresholds)
-    assert count_threshold(100, 10.0) == pytest.approx(2 * count_threshold(100, 5.0))
-    assert count_threshold(1, 5.0) == 0.5
-    assert count_threshold(100, 0.0) == 0.5
+# --- number of clusters --------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -164,8 +142,65 @@ def test_default_num_clusters_stays_in_bounds(pool_size, noise_std):
     number = default_num_clusters(pool_size, noise_std)
     assert 2 <= number <= 1000
     assert number <= max(2, pool_size / 50 + 0.5)
-    assert number <= max(2, 1000 / noise_std + 0.5)
+    assert number <= max(2, 500 / noise_std + 0.5)
     assert number <= default_num_clusters(pool_size + 50, noise_std)
+
+
+# --- densities, densest rows ---------------------------------------------------------------------
+
+
+def test_densities_are_those_of_all_rows_at_once(monkeypatch, tmp_path):
+    assignments, embeddings, centroids = pool()
+    counts = torch.arange(10) * 7
+    density = smooth_counts(counts, centroids, torch.bincount(assignments), 5.0)
+    monkeypatch.setattr(selection, "CHUNK_ROWS", 70)
+    np.save(tmp_path / "rows.npy", embeddings.numpy())
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    for rows in (embeddings, mapped):
+        assert torch.allclose(densities(density, rows), density(embeddings))
+    assert densities(density, embeddings[:0]).tolist() == []
+
+
+def test_densest_rows_by_hand():
+    held = torch.tensor([2.0, 5.0, -1.0, 4.0, 1.0, 3.0])  # 14 in all
+    counts = torch.tensor([10, 4])
+
+    def marked(share, noise_std=0.0):
+        return torch.nonzero(densest_rows(held, counts, noise_std, share=share)).flatten().tolist()
+
+    assert marked(0.1) == [1]
+    assert marked(0.5) == [1, 3]  # 5 is less than 7
+    assert marked(0.9) == [0, 1, 3, 5]  # 12.6
+    assert marked(1.0) == [0, 1, 3, 5]  # 14: what the row of -1 takes away, the row of 1 gave
+    # The sum of the counts is 14 ± √2 noise_std.
+    assert marked(1.0, 14 / math.sqrt(2) / 2) == [1, 3]  # half of it
+    assert marked(1.0, 14 / math.sqrt(2)) == []
+    assert marked(1.0, 1000.0) == []
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    held=st.lists(st.integers(-3, 9), max_size=9),
+    share=st.floats(0.01, 1),
+    noise_std=st.floats(0, 10),
+)
+def test_densest_rows_are_the_fewest(held, share, noise_std):
+    held, counts = torch.tensor(held, dtype=torch.float64), torch.tensor([3, 9, 2, 6])
+    marked = densest_rows(held, counts, noise_std, share=share)
+    if marked.any() and not marked.all():
+        assert held[marked].min() >= held[~marked].max()
+    assert (held[marked] > 0).all()
+    wanted = share * max(0.0, 1 - noise_std / 10) * float(held.sum())  # 20 images, 4 clusters
+    if wanted <= 0:
+        assert not marked.any()
+    else:
+        assert float(held[marked].sum()) >= wanted - 1e-9
+        assert float(held[marked].sum() - held[marked].min()) < wanted + 1e-9
+
+
+def test_every_image_is_relevant_where_the_client_is_everywhere():
+    marked = densest_rows(torch.ones(1000).double(), torch.tensor([500, 500]), 0.0, share=1.0)
+    assert marked.all()
 
 
 # --- diverse picks -------------------------------------------------------------------------------
@@ -231,6 +266,18 @@ def test_of_very_many_equal_rows_the_first_is_taken():
         torch.set_num_threads(threads)
 
 
+def test_only_candidates_are_picked():
+    embeddings = table(60, 2)
+    assignments = torch.arange(60) % 3
+    candidates = torch.rand(60, generator=generator()) < 0.5
+    quotas = torch.bincount(assignments[candidates], minlength=3) // 2
+    arguments = (torch.zeros(3, 2), quotas)
+    picks = diverse_picks(embeddings, assignments, *arguments, candidates=candidates)
+    rows = torch.nonzero(candidates).flatten()
+    expected = rows[diverse_picks(embeddings[rows], assignments[rows], *arguments)]
+    assert torch.equal(picks, expected)
+
+
 def test_picks_from_a_memory_map(tmp_path):
     embeddings, zeros = table(50, 3), torch.zeros(50, dtype=torch.int64)
     np.save(tmp_path / "rows.npy", embeddings.numpy())
@@ -268,19 +315,31 @@ def chosen(counts, assignments, embeddings, centroids, **changes):
     return select(counts, assignments, embeddings, centroids, **{**options, **changes})
 
 
-def test_quotas_are_proportional_to_the_counts_of_the_kept_clusters():
-    assignments, embeddings, centroids = pool(1000)
-    counts = torch.tensor([60, 30, 3, -8, 0, 30, 1, 2, -3, 0])
-    found = chosen(counts, assignments, embeddings, centroids)
-    assert found.threshold == count_threshold(10, 5.0)
-    assert found.kept.tolist() == [c >= found.threshold for c in counts.tolist()]
-    assert found.quotas.tolist() == [30, 15, 0, 0, 0, 15, 0, 0, 0, 0]
-    assert found.num_filled_up == 0
-    expected = diverse_picks(embeddings, assignments, centroids, found.quotas)
+def steps(counts, assignments, embeddings, centroids, noise_std=5.0):
+    """Densities of the rows, relevant rows and core, as `select` should see them."""
+    sizes = torch.bincount(assignments, minlength=len(centroids))
+    held = smooth_counts(counts, centroids, sizes, noise_std)(embeddings)
+    relevant = densest_rows(held, counts, noise_std, share=1.0)
+    return held, relevant, densest_rows(held, counts, noise_std, share=CORE_SHARE)
+
+
+def test_quotas_are_proportional_to_the_density_of_the_core():
+    arguments = pool(1000)
+    counts = torch.tensor([60, 50, 1, -1, 0, 50, 1, 0, -1, 0])
+    found = chosen(counts, *arguments, noise_std=1.0)
+    held, _, core = steps(counts, *arguments, noise_std=1.0)
+    assert core[found.indices].all()
+    shares = torch.zeros(10).double().index_add(0, arguments[0][core], held[core])
+    assert (found.quotas - 60 * shares / shares.sum()).abs().max() < 1
+    assert set(torch.nonzero(found.quotas).flatten().tolist()) == {0, 1, 5}
+    expected = diverse_picks(
+        arguments[1], arguments[0], arguments[2], found.quotas, candidates=core
+    )
     assert found.indices.tolist() == sorted(expected.tolist())
+    assert found.num_filled_up == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     counts=st.lists(st.integers(-20, 80), min_size=10, max_size=10),
     size=st.integers(0, 350),
@@ -296,31 +355,74 @@ def test_size_is_reached_and_rows_are_unique_and_sorted(counts, size, strategy):
     picked = torch.bincount(assignments[found.indices], minlength=10)
     assert torch.equal(found.quotas, picked)
     if strategy == "ecos":
-        assert int(found.quotas[~found.kept].sum()) == found.num_filled_up
-        in_kept = int(torch.bincount(assignments, minlength=10)[found.kept].sum())
-        assert found.num_filled_up == max(0, min(size, 300) - in_kept)
+        _, relevant, _ = steps(counts, assignments, embeddings, centroids)
+        assert found.num_filled_up == int((~relevant[found.indices]).sum())
+        for cluster in range(10):
+            members = relevant[assignments == cluster].double()
+            assert bool(found.kept[cluster]) == (len(members) > 0 and members.mean() >= 0.5)
 
 
-def test_the_next_best_clusters_fill_up_in_order():
-    assignments = torch.arange(6).repeat_interleave(10)
-    counts = torch.tensor([40, 3, -9, 4, 4, 0])
-    expected = {10: [], 13: [3], 25: [3, 4], 41: [3, 4, 1, 5], 60: [3, 4, 1, 5, 2]}
-    for size, clusters in expected.items():
-        found = chosen(counts, assignments, table(60, 4), table(6, 4), size=size)
-        quotas, left = [10, 0, 0, 0, 0, 0], size - 10
-        for cluster in clusters:
-            quotas[cluster] = min(10, left)
-            left -= quotas[cluster]
-        assert found.quotas.tolist() == quotas
-        assert found.num_filled_up == size - 10
-        assert found.kept.tolist() == [True] + [False] * 5
+def test_a_core_that_is_too_small_is_taken_whole_and_the_next_densest_fill_up():
+    arguments = pool(1000)
+    counts = torch.tensor([60, 30, 3, -8, 0, 30, 1, 2, -3, 0])
+    held, relevant, core = steps(counts, *arguments)
+    assert 0 < core.sum() < relevant.sum() < 1000
+    for size in (int(core.sum()), int(core.sum()) + 7, int(relevant.sum()), 900):
+        found = chosen(counts, *arguments, size=size)
+        densest = held.argsort(descending=True, stable=True)[:size]
+        assert found.indices.tolist() == sorted(densest.tolist())
+        assert found.num_filled_up == max(0, size - int(relevant.sum()))
+    assert found.threshold == pytest.approx(float(held[relevant].min()) * 1000 / 10)
 
 
-def test_a_pool_with_no_kept_cluster_still_gives_the_size():
-    found = chosen(torch.full((10,), -3), *pool())
+@pytest.mark.parametrize("counts", [[-3] * 10, [0] * 10, [5, -5] * 5, [1] * 10])
+def test_a_client_that_drowns_still_gives_the_size(counts):
+    found = chosen(torch.tensor(counts), *pool())
     assert len(found.indices) == 60
     assert not found.kept.any()
     assert found.num_filled_up == 60
+    assert math.isfinite(found.threshold)
+
+
+def small_client(num_images, *, noise_std, seed):
+    """A client in the left quarter of a square of 100 clusters and 2,000 rows."""
+    rows = torch.rand(2000, 2, generator=generator(seed))
+    centroids = rows[:100]
+    assignments = torch.cdist(rows, centroids).argmin(1)
+    images = torch.rand(num_images, 2, generator=generator(seed + 1)) * torch.tensor([0.25, 1])
+    counts = torch.bincount(torch.cdist(images, centroids).argmin(1), minlength=100)
+    noise = noise_std * torch.randn(100, generator=generator(seed + 2))
+    return (counts + noise).round().long(), assignments, rows, centroids
+
+
+def test_neighbours_confirm_each_other():
+    """Four client images a cluster under noise of std 4: no single count is beyond doubt."""
+    shares, alone = [], []
+    for seed in range(5):
+        counts, assignments, rows, centroids = small_client(100, noise_std=4.0, seed=10 * seed)
+        options = {"size": 300, "noise_std": 4.0}
+        found = chosen(counts, assignments, rows, centroids, **options)
+        shares.append(float((rows[found.indices, 0] < 0.25).double().mean()))
+        best = counts[assignments].argsort(descending=True, stable=True)[:300]
+        alone.append(float((rows[best, 0] < 0.25).double().mean()))
+    assert np.mean(shares) > 0.8
+    assert np.mean(shares) > np.mean(alone) + 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_neither_the_order_of_the_pool_nor_of_the_clusters_matters(seed):
+    counts, assignments, rows, centroids = small_client(400, noise_std=4.0, seed=seed)
+    options = {"size": 300, "noise_std": 4.0}
+    found = chosen(counts, assignments, rows, centroids, **options)
+    order = torch.randperm(2000, generator=generator(seed))
+    mixed = chosen(counts, assignments[order], rows[order], centroids, **options)
+    assert order[mixed.indices].sort().values.tolist() == found.indices.tolist()
+    renamed = torch.randperm(100, generator=generator(seed + 1))
+    mixed = chosen(
+        counts[renamed], renamed.argsort()[assignments], rows, centroids[renamed], **options
+    )
+    assert mixed.indices.tolist() == found.indices.tolist()
+    assert torch.equal(mixed.kept, found.kept[renamed])
 
 
 def test_random_follows_its_generator_and_no_other():

@@ -14,9 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NUM_STEPS = 1
-"""EM steps. The release is right about the classes, the mixture is only roughly the truth: every
-step makes the probabilities more confident, and after the first hardly more right."""
+NUM_STEPS = 2
+"""EM steps. The release is right about the classes, the mixture is only roughly the truth: with
+each step the images' own gaps count for more and the noise for less. On mixed_digits at a noise
+multiplier of 4, accuracy rises 0.946 → 0.956 with the second step and 0.959 with the third; where
+few of the images are the client's, the third makes it worse (0.916 → 0.900)."""
 
 _COVARIANCE_SHRINKAGE = 0.1  # towards a multiple of the identity: d(d+1)/2 entries from n images
 
@@ -39,9 +41,9 @@ def class_posteriors(
         class_counts: [K], noisy numbers of the client's images; may be negative.
         sum_noise_std: Noise on each entry of ``class_sums``.
         count_noise_std: Noise on each entry of ``class_counts``.
-        views: [n, V, d], features of V random views of each image. Averaged over them, wrong and
-            overconfident labels become rarer (on mixed_digits at ε = 2: accuracy 0.827 → 0.835 at
-            a mean confidence of 0.89 → 0.82).
+        views: [n, V, d], features of V random views of each image. Averaged over them,
+            probabilities are hardly more often right but no longer overconfident (on mixed_digits
+            at a noise multiplier of 4: accuracy 0.957 → 0.959, mean confidence 0.985 → 0.957).
         num_steps: EM steps; 0 gives the discriminant of the shrunken noisy means alone.
     """
     features, sums = features.double(), class_sums.double()

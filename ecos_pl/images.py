@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -120,6 +121,33 @@ def to_tensor(image: Image.Image, image_size: int) -> Tensor:
         (image_size, image_size), Image.Resampling.BICUBIC, box=(left, top, right, bottom)
     )
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+class SomeImages:
+    """Some images of a source, in a given order, as a source of their own.
+
+    Args:
+        source: Where they are.
+        indices: [n] int64, their places there.
+    """
+
+    def __init__(self, source: ImageSource, indices: npt.NDArray[np.int64]) -> None:
+        self._source, self._indices = source, indices
+        rows = indices.tolist()
+        self.name = f"{len(rows)} images of {source.name}"
+        self.ids = [source.ids[row] for row in rows]
+        self.labels = [source.labels[row] for row in rows]
+        self.domains = [source.domains[row] for row in rows]
+        digest = hashlib.sha256(indices.astype("<i8").tobytes())
+        digest.update(source.fingerprint.encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int) -> Image.Image:
+        """The image at `index` in mode RGB; raises `UnreadableImage`."""
+        return self._source.read(int(self._indices[index]))
 
 
 @dataclass(frozen=True)

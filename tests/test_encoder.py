@@ -10,7 +10,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from ecos_pl.backbone import WeightsError, create_backbone, packaged_path
-from ecos_pl.encoder import Encoder, EncoderSpec, describe
+from ecos_pl.encoder import Encoder, EncoderSpec, FeaturesError, describe, public_name
 from ecos_pl.images import to_tensor
 
 TINY = EncoderSpec("mobilenetv3_small_050", "random", 32)
@@ -150,3 +150,61 @@ def test_mistakes_are_told_when_the_encoder_is_made():
 def test_description():
     assert describe(EncoderSpec()) == "tf_efficientnet_lite0 (auto) at 48 px"
     assert timm.is_model(EncoderSpec().name)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("tf_efficientnet_lite0", 48), ("mobilenetv3_small_050", 64), ("resnet18", 96)],
+)
+def test_grid_features_are_timms_last_map_of_stride_16(name, size):
+    weights = "auto" if name == "tf_efficientnet_lite0" else "random"
+    encoder = Encoder(EncoderSpec(name, weights, size, "grid"))
+    images = noise(3, size)
+    pixels = (images.float() - encoder.mean) / encoder.std
+    maps = timm.create_model(name, features_only=True)  # timm's own way to the same maps
+    missing, _ = maps.load_state_dict(encoder.backbone.state_dict(), strict=False)
+    assert not [key for key in missing if "num_batches" not in key]
+    with torch.inference_mode():
+        (grid,) = [
+            found
+            for found, stride in zip(
+                maps.eval()(pixels), maps.feature_info.reduction(), strict=True
+            )
+            if stride == 16
+        ]
+        cells = nn.functional.adaptive_avg_pool2d(grid, 3).flatten(1)
+    expected = nn.functional.normalize(cells, dim=1)
+    assert torch.allclose(encoder(images), expected, atol=1e-5)
+    assert encoder.num_dims == 9 * grid.shape[1]
+
+
+def test_a_transformer_has_a_grid_too():
+    encoder = Encoder(EncoderSpec("vit_tiny_patch16_224", "random", 64, "grid"))
+    assert encoder.num_dims == 9 * 192
+    assert encoder(noise(2, 64)).shape == (2, 9 * 192)
+
+
+def test_an_encoder_without_a_fine_map_says_what_to_take():
+    with pytest.raises(FeaturesError, match="take features=final"):
+        Encoder(EncoderSpec("vit_small_patch32_224", "random", 64, "grid"))
+    with pytest.raises(FeaturesError, match="there are final, grid"):
+        EncoderSpec(features="girds")
+
+
+def test_features_are_in_the_key_and_the_public_name_and_not_in_the_fingerprint():
+    final, grid = EncoderSpec(), EncoderSpec(features="grid")
+    assert final.fingerprint() == grid.fingerprint()
+    assert final.key != grid.key
+    assert public_name(grid) == {
+        "name": "tf_efficientnet_lite0",
+        "image_size": 48,
+        "features": "grid",
+    }
+
+
+def test_a_grid_embedding_depends_on_its_own_image_alone():
+    encoder = Encoder(EncoderSpec(features="grid"))
+    images = noise(6, 48)
+    whole = encoder(images)
+    images[1:] = 0
+    assert torch.allclose(encoder(images)[0], whole[0], atol=1e-6)

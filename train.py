@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecos_pl.config import (
+    ClientKnnOptions,
     ClientPrototypesOptions,
+    ClientTableOptions,
     Config,
     ConfigError,
     FolderOptions,
+    MailboxOptions,
     PublicLabelsOptions,
     SelfLabelingOptions,
     WandbOptions,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from datamodules.proxy import ProxySamplingDataModule, TrainingView
     from datamodules.scenario import Scenario
     from ecos_pl.labeling import Labeler
+    from ecos_pl.mailbox import Mailbox
 
 HERE = Path(__file__).resolve().parent
 CONFIG_DIR = HERE / "configs"
@@ -90,7 +94,9 @@ def train(config: Config) -> dict[str, Any]:
         raise KeyboardInterrupt from None
     # What is tested is what is saved: the averaged weights of the last checkpoint.
     last = None if config.trainer.fast_dev_run else _checkpoint(folder)
-    metrics = trainer.test(module, datamodule, ckpt_path=last, weights_only=True, verbose=False)
+    metrics = []
+    if scenario.client_test is not None:
+        metrics = trainer.test(module, datamodule, ckpt_path=last, weights_only=True, verbose=False)
     summary = summarise(
         run_id=folder.name,
         seed=config.seed,
@@ -108,6 +114,7 @@ def train(config: Config) -> dict[str, Any]:
         },
     )
     if trainer.is_global_zero and not config.trainer.fast_dev_run:
+        _save_model(module, last, config, folder)
         write_json(folder / "summary.json", summary)
         if datamodule.probe_result is not None:
             datamodule.probe_result.proxy_set.save(folder)
@@ -121,10 +128,16 @@ def train(config: Config) -> dict[str, Any]:
 
 def _scenario(config: Config) -> Scenario:
     if isinstance(config.data, FolderOptions):
-        from datamodules.folder import folder_data
+        from datamodules.folder import folder_data, remote_client_data
 
-        pool, client = Path(config.data.pool), Path(config.data.client)
-        return folder_data(pool, client, client_domain=config.data.client_domain)
+        pool, domain = Path(config.data.pool), config.data.client_domain
+        if isinstance(config.client, MailboxOptions):
+            return remote_client_data(pool, config.data.classes, domain)
+        if config.data.client is None:
+            raise ConfigError("no value for data.client: write data.client=CLIENT")
+        if config.data.classes:
+            raise ConfigError("data.classes: the class folders of data.client name the classes")
+        return folder_data(pool, Path(config.data.client), domain)
     from datamodules.mixed_digits import mixed_digits
 
     return mixed_digits()
@@ -146,7 +159,10 @@ def _view(config: Config) -> TrainingView:
 
 
 def _labeler(config: Config, scenario: Scenario) -> Labeler:
-    from ecos_pl.labeling import PrototypeLabeler, PublicLabeler
+    from ecos_pl.labeling import PublicLabeler
+    from ecos_pl.prototype_labeler import PrototypeLabeler
+    from ecos_pl.table_labeler import TableLabeler
+    from ecos_pl.vote_labeler import VoteLabeler
 
     if isinstance(config.labels, ClientPrototypesOptions):
         return PrototypeLabeler(
@@ -154,6 +170,26 @@ def _labeler(config: Config, scenario: Scenario) -> Labeler:
             num_dims=config.labels.num_dims,
             num_views=config.labels.num_views,
             noise_multiplier=config.labels.noise_multiplier,
+            features=config.labels.features,
+        )
+    if isinstance(config.labels, ClientTableOptions):
+        return TableLabeler(
+            scenario.classes,
+            num_clusters=config.labels.num_clusters,
+            num_dims=config.labels.num_dims,
+            num_views=config.labels.num_views,
+            noise_std=config.labels.noise_std,
+            features=config.labels.features,
+        )
+    if isinstance(config.labels, ClientKnnOptions):
+        return VoteLabeler(
+            scenario.classes,
+            num_queries=config.labels.num_queries,
+            max_answers=config.labels.max_answers,
+            num_neighbors=config.labels.num_neighbors,
+            num_dims=config.labels.num_dims,
+            num_views=config.labels.num_views,
+            features=config.labels.features,
         )
     assert isinstance(config.labels, PublicLabelsOptions)
     return PublicLabeler(scenario.classes)
@@ -185,10 +221,28 @@ def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule |
         _labeler(config, scenario),
         _view(config),
         run_root=Path(config.run_root),
+        mailbox=_mailbox(config),
         cache_dir=Path(cache_dir) if cache_dir else None,
         embed_batch_size=config.encoder.batch_size,
         embed_workers=config.encoder.num_workers,
         seed=config.seed,
+    )
+
+
+def _mailbox(config: Config) -> Mailbox | None:
+    options = config.client
+    if not isinstance(options, MailboxOptions):
+        return None
+    from ecos_pl.envelope import read_key_file
+    from ecos_pl.remote_mailbox import RemoteMailbox
+
+    return RemoteMailbox(
+        options.url,
+        sender=options.sender,
+        key=read_key_file(Path(options.key_file)) if options.key_file else None,
+        deadline_s=3600 * options.deadline_hours if options.deadline_hours else None,
+        poll_s=min(2.0, options.poll_seconds),
+        max_poll_s=options.poll_seconds,
     )
 
 
@@ -227,7 +281,7 @@ def _trainer(config: Config, folder: Path) -> tuple[L.Trainer, Any]:
     timer = RunTimer()
     callbacks: list[L.Callback] = [
         timer,
-        LogConfig(to_dict(config)),
+        LogConfig(_shown(config)),
         SamplingStatistics(),
         CoverageFigure(),
         ChosenImages(),
@@ -251,6 +305,16 @@ def _trainer(config: Config, folder: Path) -> tuple[L.Trainer, Any]:
         **options,
     )
     return trainer, timer
+
+
+def _shown(config: Config) -> dict[str, Any]:
+    """The config for a logger: a mailbox's address without the password it may hold."""
+    shown = to_dict(config)
+    if isinstance(config.client, MailboxOptions):
+        from ecos_pl.printable_url import printable_url
+
+        shown["client"]["url"] = printable_url(config.client.url)
+    return shown
 
 
 def _logger(config: Config, folder: Path) -> Any:
@@ -318,6 +382,25 @@ def _checkpoint(folder: Path) -> str | None:
     """The newest checkpoint to resume from: our own, or one that a requeued job left."""
     found = [*folder.glob("hpc_ckpt_*.ckpt"), *(folder / "checkpoints").glob("last*.ckpt")]
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
+
+
+def _save_model(
+    module: L.LightningModule, checkpoint: str | None, config: Config, folder: Path
+) -> None:
+    """Write ``model.safetensors``: the averaged weights, for `ecos-client evaluate`."""
+    import torch
+
+    from ecos_pl.model_file import TrainedModel, save_model
+    from ecos_pl.modules.self_labeling import SelfLabelingModule
+
+    assert isinstance(module, SelfLabelingModule)
+    if checkpoint is not None:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(state)
+    task = config.task
+    assert isinstance(task, SelfLabelingOptions)
+    model = TrainedModel(module.net, task.backbone, task.image_size, module.classes)
+    save_model(folder / "model.safetensors", model)
 
 
 # --- what the terminal shows ---------------------------------------------------------------------

@@ -1,14 +1,36 @@
 """`data=folder`: the user's own images, a pool folder and a client folder.
 
 The pool may be any tree: `domain/class/x.png`, `class/x.png` or just `x.png`. The client's images
-lie in `train/class/x.png` and `test/class/x.png`.
+lie in `train/class/x.png` and `test/class/x.png`, or elsewhere, at a client that is asked through
+a mailbox: then only the names of its classes are given.
 """
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from datamodules.scenario import Scenario
 from ecos_pl.images import FolderSource, scan_folder
+
+
+def remote_client_data(
+    pool: Path, classes: Sequence[str], client_domain: str | None = None
+) -> Scenario:
+    """Scan the pool alone: the client's images are not here.
+
+    Raises:
+        ValueError: one line about what is wrong with the folder, the classes or `client_domain`.
+    """
+    if not classes:
+        raise ValueError(
+            "with client=mailbox the client's classes must be named: data.classes=[CLASS,CLASS,…]"
+        )
+    if len(set(classes)) != len(classes):
+        raise ValueError("data.classes names a class twice")
+    pool_source = scan_folder(Path(pool))
+    if client_domain is not None:
+        _check_domain(client_domain, pool_source)
+    return Scenario("folder", pool_source, None, None, list(classes), client_domain)
 
 
 def folder_data(pool: Path, client: Path, client_domain: str | None = None) -> Scenario:

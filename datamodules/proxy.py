@@ -16,15 +16,21 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.ranks import rank_zero_first
 from datamodules.scenario import Scenario
 from datamodules.views import Augment, make_view
-from ecos_pl.client import Client, ClientPolicy
+from ecos_pl.client import Client
+from ecos_pl.client_policy import ClientPolicy
 from ecos_pl.evaluation import class_numbers, domain_purity, label_accuracy
 from ecos_pl.images import ImageSource, UnreadableImage, to_tensor
 from ecos_pl.labeling import Labeler
 from ecos_pl.mailbox import InProcessMailbox, Mailbox
+from ecos_pl.privacy import MIN_NOISE_STD
 from ecos_pl.probe import Probe, ProbePlan
 from ecos_pl.probe_result import ProbeResult
+
+MIN_SIMULATED_MULTIPLIER = 0.05
+"""Noise below which a simulated client refuses: its ε is limited by the plan's max_epsilon."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         labeler: Who labels the proxy set.
         view: How images reach the training step.
         run_root: Folder that holds the cache and the simulated clients.
+        mailbox: The way to a client elsewhere; None simulates one from the scenario's images.
         cache_dir: For probe results; None for ``run_root/cache``.
         embed_batch_size: Images embedded at once.
         embed_workers: Processes that read images for the encoder.
@@ -133,6 +140,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         view: TrainingView,
         *,
         run_root: Path,
+        mailbox: Mailbox | None = None,
         cache_dir: Path | None = None,
         embed_batch_size: int = 256,
         embed_workers: int | None = None,
@@ -141,6 +149,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         super().__init__()
         self.scenario, self.plan, self.labeler, self.view = scenario, plan, labeler, view
         self.run_root, self.cache_dir = run_root, cache_dir or run_root / "cache"
+        self.mailbox = mailbox
         self.embed_batch_size, self.embed_workers = embed_batch_size, embed_workers
         self.seed = seed
         self.probe_result: ProbeResult | None = None
@@ -179,6 +188,8 @@ class ProxySamplingDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> Any:
         """The client's test images with their true classes: a simulation."""
+        if self.scenario.client_test is None:
+            return []
         return self._loader(client_images(self.scenario, "test", self.view.image_size))
 
     def _probe(self) -> ProbeResult:
@@ -188,39 +199,45 @@ class ProxySamplingDataModule(L.LightningDataModule):
             self.scenario.pool,
             self.plan,
             self.labeler,
-            self._mailbox,
+            self._mailbox_for,
             self.cache_dir,
+            client_id=self._client_id(),
             device=device,
             batch_size=self.embed_batch_size,
             num_workers=default_workers(self.embed_workers),
         )
-        if trainer and not trainer.is_global_zero:
-            trainer.strategy.barrier("probe")
+        # The client may take days; the others then read from disk what the first one found.
+        with rank_zero_first():
             return probe.run()
-        result = probe.run()
-        if trainer:
-            trainer.strategy.barrier("probe")
-        return result
 
-    def _mailbox(self, fingerprint: str) -> Mailbox:
-        """The way to the simulated client: one whose ledger knows this probe's releases alone."""
+    def _client_id(self) -> str:
+        if self.mailbox is not None:
+            return self.mailbox.client_id
+        return self._private().fingerprint
+
+    def _private(self) -> ImageSource:
+        if self.scenario.client_train is None:
+            raise ValueError("the client's images are not here: ask it with client=mailbox")
+        return self.scenario.client_train
+
+    def _mailbox_for(self, fingerprint: str) -> Mailbox:
+        """The way to the client; a simulated one's ledger knows this probe's releases alone."""
+        if self.mailbox is not None:
+            return self.mailbox
 
         def make() -> Any:
             policy = ClientPolicy(
-                self.plan.noise_std,
-                self.plan.sample_rate,
-                self.plan.delta,
                 max_epsilon=self.plan.max_epsilon,
-            )
-            client = Client(
-                self.run_root / "clients" / fingerprint[:16],
-                self.scenario.client_train,
-                policy,
+                delta=self.plan.delta,
+                min_noise_std=MIN_NOISE_STD,
+                min_noise_multiplier=MIN_SIMULATED_MULTIPLIER,
+                max_sample_rate=self.plan.sample_rate,
                 encoder=self.plan.encoder,
             )
-            return client.answer
+            folder = self.run_root / "clients" / fingerprint[:16]
+            return Client.simulated(folder, self._private(), policy).answer
 
-        return InProcessMailbox(make)
+        return InProcessMailbox(make, client_id=self._client_id())
 
     def _evaluate(self, result: ProbeResult) -> dict[str, float | None]:
         pool, domain = self.scenario.pool, self.scenario.client_domain
@@ -270,6 +287,8 @@ class ProxySamplingDataModule(L.LightningDataModule):
 def client_images(scenario: Scenario, part: str, image_size: int) -> LabelledImages:
     """The client's ``train`` or ``test`` images with their true classes, for a simulation."""
     source = scenario.client_train if part == "train" else scenario.client_test
+    if source is None:
+        raise ValueError("the client's images are not here: train_on=client needs them")
     numbers = class_numbers(source, scenario.classes)
     rows = torch.nonzero(numbers >= 0).flatten()
     targets = torch.nn.functional.one_hot(numbers[rows], len(scenario.classes)).float()

@@ -13,8 +13,8 @@ class Scenario:
     Attributes:
         name: "mixed_digits", "folder", …
         pool: public images, labelled or not.
-        client_train: the client's private images, labelled.
-        client_test: images of the client's distribution that training never sees.
+        client_train: the client's private images, labelled; None where the client is elsewhere.
+        client_test: images of the client's distribution that training never sees, if any are here.
         classes: the client's class names; an image's class index is its place here.
         client_domain: the pool's name for the client's domain, where the pool has one. Only
             evaluation in simulation uses it.
@@ -22,7 +22,7 @@ class Scenario:
 
     name: str
     pool: ImageSource
-    client_train: ImageSource
-    client_test: ImageSource
+    client_train: ImageSource | None
+    client_test: ImageSource | None
     classes: Sequence[str]
     client_domain: str | None = None

@@ -90,9 +90,41 @@ class FolderOptions(Part):
 
     name: str = "folder"
     pool: str = option(REQUIRED, "folder of the public pool's images")
-    client: str = option(REQUIRED, "folder of the client's images")
+    client: str | None = option(
+        None, "folder of the client's images, for a simulation; none with client=mailbox"
+    )
+    classes: list[str] = option(
+        [], "the client's class names, as in [cat,dog], where its images are not here"
+    )
     client_domain: str | None = option(
         None, "domain folder of the pool that the client's images come from, for evaluation only"
+    )
+
+
+@dataclass
+class SimulatedClientOptions(Part):
+    """A client in this process, from the data's own client images: for benchmarks."""
+
+    name: str = "simulated"
+
+
+@dataclass
+class MailboxOptions(Part):
+    """A real client elsewhere, which runs ecos-client serve on the same mailbox."""
+
+    name: str = "mailbox"
+    url: str = option(
+        REQUIRED, "folder or bucket that both sides reach: a path, s3://…, gs://…, sftp://…"
+    )
+    sender: str = option("train.py", "what to call this side; the client's ledger keeps it")
+    key_file: str | None = option(
+        None, "file with the key shared with the client, which signs all messages; null: unsigned"
+    )
+    deadline_hours: float | None = option(
+        None, "give up waiting for an answer after this time; null: never", above=0
+    )
+    poll_seconds: float = option(
+        60.0, "longest time between two looks into the mailbox", minimum=0.05
     )
 
 
@@ -132,7 +164,8 @@ class PrivacyOptions:
 
     noise_std: float = option(
         5.0,
-        "standard deviation of the noise on each coverage count, in images",
+        "noise asked for on each coverage count, standard deviation in images; the client's policy "
+        "may want more",
         minimum=0.5,
         maximum=1_000_000,
     )
@@ -146,7 +179,7 @@ class PrivacyOptions:
         1e-5, "delta of the (epsilon, delta) guarantee, a probability", above=0, below=1
     )
     max_epsilon: float = option(
-        2.0,
+        1.0,
         "total epsilon that this run may spend, labels included; the label release gets what "
         "the coverage counts leave",
         above=0,
@@ -165,24 +198,69 @@ class SelectionOptions:
     size: int = option(1500, "images in the proxy set; ignored by all", minimum=1)
 
 
+_NUM_DIMS = "dimensions of the space in which the client is asked"
+_NUM_VIEWS = (
+    "random views per image that show which directions tell nothing of the class; 0: plain "
+    "principal components"
+)
+_LABEL_FEATURES = (
+    "encoder features the space is made of: grid keeps a coarse layout of an earlier layer, "
+    "final pools the last one"
+)
+
+
 @dataclass
 class ClientPrototypesOptions(Part):
     """Labels from noisy class means that the client releases."""
 
     name: str = "client_prototypes"
-    num_dims: int = option(32, "dimensions that the class means live in", minimum=1)
-    num_views: int = option(
-        4,
-        "random views per image that show which directions tell nothing of the class; 0: plain "
-        "principal components",
-        minimum=0,
-    )
+    features: str = option("grid", _LABEL_FEATURES, choices=("grid", "final"))
+    num_dims: int = option(32, _NUM_DIMS, minimum=1)
+    num_views: int = option(4, _NUM_VIEWS, minimum=0)
     noise_multiplier: float | None = option(
         None,
         "noise standard deviation ÷ sensitivity of the label release; null: calibrated to "
         "privacy.max_epsilon",
         above=0,
     )
+
+
+@dataclass
+class ClientTableOptions(Part):
+    """Labels from the client's noisy counts of each class in each of some clusters."""
+
+    name: str = "client_table"
+    features: str = option("grid", _LABEL_FEATURES, choices=("grid", "final"))
+    num_clusters: int | None = option(
+        None, "clusters of the proxy set that are asked about; null: five a class", minimum=2
+    )
+    num_dims: int = option(32, _NUM_DIMS, minimum=1)
+    num_views: int = option(4, _NUM_VIEWS, minimum=0)
+    noise_std: float | None = option(
+        None,
+        "noise on each count, standard deviation in images; null: calibrated to "
+        "privacy.max_epsilon",
+        minimum=0.5,
+    )
+
+
+@dataclass
+class ClientKnnOptions(Part):
+    """Labels from noisy votes of the client's nearest images, as in the paper (private kNN)."""
+
+    name: str = "client_knn"
+    features: str = option("grid", _LABEL_FEATURES, choices=("grid", "final"))
+    num_queries: int | None = option(
+        None, "points of the proxy set that are voted on; null: three a class", minimum=2
+    )
+    max_answers: int | None = option(
+        None, "points answered at most, after a screening; null: all, unscreened", minimum=1
+    )
+    num_neighbors: int | None = option(
+        None, "images that vote at each point; null: three times the noise", minimum=1
+    )
+    num_dims: int = option(32, _NUM_DIMS, minimum=1)
+    num_views: int = option(4, _NUM_VIEWS, minimum=0)
 
 
 @dataclass
@@ -320,11 +398,14 @@ class Config:
         choices=("proxy_set", "client"),
     )
     data: Part = part(MixedDigitsOptions, FolderOptions)
+    client: Part = part(SimulatedClientOptions, MailboxOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     probe: ProbeOptions = field(default_factory=ProbeOptions)
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     selection: SelectionOptions = field(default_factory=SelectionOptions)
-    labels: Part = part(ClientPrototypesOptions, PublicLabelsOptions)
+    labels: Part = part(
+        ClientPrototypesOptions, ClientTableOptions, ClientKnnOptions, PublicLabelsOptions
+    )
     task: Part = part(SelfLabelingOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
     logger: Part = part(CsvOptions, WandbOptions, NoLoggerOptions)

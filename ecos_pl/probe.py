@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,32 +19,36 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ecos_pl.accounting import PrivacyStatement, calibrate_noise_multiplier, epsilon_of
+from ecos_pl.answer_checks import check_answer, check_integers, check_noise
 from ecos_pl.clustering import Projection, assign, fit_pca, kmeans
+from ecos_pl.coverage import coverage_release
 from ecos_pl.embedding_bank import CHUNK_ROWS, EmbeddingBank, build_bank
 from ecos_pl.encoder import Encoder, EncoderSpec, describe, public_name
-from ecos_pl.images import ImageSource, to_tensor
+from ecos_pl.images import ImageSource, SomeImages, to_tensor
 from ecos_pl.invariance import random_view
-from ecos_pl.labeling import Labeler, Labels
+from ecos_pl.labeling import Labeler, LabelingTask, Labels
 from ecos_pl.mailbox import Mailbox
 from ecos_pl.messages import CoverageAnswer, CoverageQuery, MessageError, query_id_of
-from ecos_pl.privacy import (
-    PrivacyStatement,
-    Release,
-    calibrate_noise_multiplier,
-    epsilon_of,
-)
+from ecos_pl.privacy import Release
 from ecos_pl.probe_result import ProbeResult
 from ecos_pl.progress import progress_bar
 from ecos_pl.proxy_set import ProxySet
 from ecos_pl.selection import Selection, default_num_clusters, select
-from ecos_pl.storage import committed_folder, fingerprint_of, write_bytes
+from ecos_pl.storage import (
+    committed_folder,
+    fingerprint_of,
+    read_json,
+    write_bytes,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
 MAX_VIEWED_IMAGES = 1500
 """Images whose views are embedded at most: enough for covariances of some hundred dimensions."""
 
-_VERSION = 1  # raise when a change below alters what is chosen
+_VERSION = 2  # raise when a change below alters what is chosen
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ class ProbePlan:
         strategy: See ``selection.select``.
         size: Images in the proxy set.
         seed: Of everything the cloud draws.
-        noise_std: The client's noise on each count, in images, as its policy states it.
-        sample_rate: The client's sample rate, likewise.
+        noise_std: Noise asked for on each count, in images; the client's policy may want more, and
+            then refuses.
+        sample_rate: Chance asked for with which each image takes part.
         delta: Of the (ε, δ) statement.
         max_epsilon: The run's releases together must not cost more.
         attempt: Part of every query: another number asks anew, and is paid for again.
@@ -88,6 +93,7 @@ class Probe:
         plan: What is asked, and how the answer is used.
         labeler: Who labels the chosen images.
         mailbox_for: Gives the way to the client, from the probe's fingerprint.
+        client_id: What tells this client from others who could be asked about the same pool.
         cache_dir: Where results are kept.
         device: Where the encoder and k-means run.
         batch_size: Images embedded at once.
@@ -102,6 +108,7 @@ class Probe:
         mailbox_for: Callable[[str], Mailbox],
         cache_dir: Path,
         *,
+        client_id: str,
         device: torch.device | str = "cpu",
         batch_size: int = 256,
         num_workers: int = 0,
@@ -114,6 +121,7 @@ class Probe:
         facts = {
             "version": _VERSION,
             "pool": pool.fingerprint,
+            "client": client_id,
             "encoder": self._encoder_fingerprint,
             "plan": {k: v for k, v in asdict(plan).items() if k != "encoder"},
             "labeler": {"name": labeler.name, **labeler.facts()},
@@ -139,44 +147,46 @@ class Probe:
         """
         if self.is_done():
             return ProbeResult.load(self._folder, self.fingerprint, from_disk=True)
-        planned = self._planned_releases()
+        planned = self._planned_for_labels()
         with self._timed("embed"):
             bank = self._embed()
         with self._timed("cluster"):
             clusters = self._cluster(bank)
-        noisy_counts, releases = None, []
         with self._timed("ask"):
-            if self.plan.strategy == "ecos":
-                noisy_counts, release = self._ask_for_counts(clusters)
-                releases.append(release)
+            counts = self._ask_for_counts(clusters) if self.plan.strategy == "ecos" else None
         with self._timed("select"):
-            selection = self._select(clusters, noisy_counts)
+            selection = self._select(clusters, counts)
         indices = clusters.readable[selection.indices.numpy()]
         with self._timed("label"):
+            encoder, chosen = self._chosen(bank, indices)
             labels = self.labeler.label(
-                pool=self.pool,
-                indices=indices,
-                embeddings=lambda: _rows_in_chunks(bank, indices),
-                views=lambda num_views: self._views(bank, indices, num_views),
-                encoder=self.plan.encoder,
-                encoder_fingerprint=self._encoder_fingerprint,
-                ask=self._ask,
-                planned=planned,
-                attempt=self.plan.attempt,
+                LabelingTask(
+                    pool=self.pool,
+                    indices=indices,
+                    embeddings=lambda: _rows_in_chunks(*chosen),
+                    views=lambda num_views: self._views(encoder, *chosen, indices, num_views),
+                    encoder=encoder,
+                    encoder_fingerprint=self._encoder_fingerprint,
+                    ask=self._ask,
+                    planned=planned,
+                    seed=self.plan.seed,
+                    attempt=self.plan.attempt,
+                )
             )
-            releases += labels.releases
-            epsilon = epsilon_of(releases, self.plan.delta)
-        self._commit(clusters, noisy_counts, selection, labels, epsilon)
+        self._commit(clusters, counts, selection, labels)
         return ProbeResult.load(self._folder, self.fingerprint, from_disk=False)
 
     # --- the steps -----------------------------------------------------------------------------
 
-    def _planned_releases(self) -> list[Release]:
-        """All releases of this probe, fixed before the first question; their ε is checked."""
-        plan, planned = self.plan, []
+    def _planned_for_labels(self) -> list[Release]:
+        """The labels' releases; all are fixed, and their ε checked, before the first question.
+
+        ε is per unit of privacy, whatever the client takes as one: noise follows sensitivity.
+        """
+        plan, counts = self.plan, []
         if plan.strategy == "ecos":
-            counts = Release("coverage_counts", plan.noise_std, 1.0, plan.sample_rate, True)
-            alone = epsilon_of([counts], plan.delta)
+            counts = [coverage_release(plan.noise_std, plan.sample_rate)]
+            alone = epsilon_of(counts, plan.delta)
             if alone > plan.max_epsilon:
                 enough = calibrate_noise_multiplier(
                     plan.max_epsilon, plan.delta, sample_rate=plan.sample_rate, one_coordinate=True
@@ -186,18 +196,16 @@ class Probe:
                     f"the coverage counts alone at privacy.noise_std={plan.noise_std:g}; "
                     f"noise_std={enough:.3g} would fit (and leave labels nothing)"
                 )
-            planned.append(counts)
-        planned += self.labeler.plan(
-            planned,
+        return self.labeler.plan(
+            counts,
             max_epsilon=plan.max_epsilon,
             delta=plan.delta,
             sample_rate=plan.sample_rate,
         )
-        return planned
 
     def _embed(self) -> EmbeddingBank:
         encoder = Encoder(self.plan.encoder).to(self._device)
-        name = f"{self.pool.fingerprint[:16]}-{self._encoder_fingerprint[:16]}"
+        name = f"{self.pool.fingerprint[:16]}-{self.plan.encoder.key}"
         bank = build_bank(
             self.cache_dir / "embeddings" / name,
             self.pool,
@@ -272,39 +280,35 @@ class Probe:
             readable,
         )
 
-    def _ask_for_counts(self, clusters: _Clusters) -> tuple[Tensor, Release]:
+    def _ask_for_counts(self, clusters: _Clusters) -> _Counts:
+        plan = self.plan
         query = CoverageQuery(
-            encoder=public_name(self.plan.encoder),
+            encoder=public_name(plan.encoder),
             encoder_fingerprint=self._encoder_fingerprint,
             mean=clusters.projection.mean.half(),
             components=clusters.projection.components.half(),
             centroids=clusters.centroids,
-            attempt=self.plan.attempt,
+            noise_std=plan.noise_std,
+            sample_rate=plan.sample_rate,
+            attempt=plan.attempt,
         )
         content = query.to_bytes()
         answer = CoverageAnswer.from_bytes(self._ask(content))
-        counts = answer.noisy_counts
-        if answer.query_id != query_id_of(content):
-            raise MessageError("the client answered another question than the one asked")
-        if counts.dtype != torch.int64 or counts.shape != (len(clusters.centroids),):
-            raise MessageError(f"the client must answer {len(clusters.centroids)} whole numbers")
-        declared = (answer.noise_std, answer.sample_rate)
-        if declared != (self.plan.noise_std, self.plan.sample_rate):
-            raise MessageError(
-                f"the client used noise_std and sample_rate {declared}, the plan says "
-                f"{(self.plan.noise_std, self.plan.sample_rate)}"
-            )
-        return counts, Release("coverage_counts", answer.noise_std, 1.0, answer.sample_rate, True)
+        check_answer(answer, content, sample_rate=plan.sample_rate)
+        check_integers("counts", answer.noisy_counts, (len(clusters.centroids),))
+        check_noise(answer.noise_std, plan.noise_std * answer.max_per_unit)
+        release = coverage_release(plan.noise_std, plan.sample_rate, answer.max_per_unit)
+        return _Counts(answer.noisy_counts, answer.noise_std, release, answer.max_per_unit)
 
-    def _select(self, clusters: _Clusters, noisy_counts: Tensor | None) -> Selection:
+    def _select(self, clusters: _Clusters, counts: _Counts | None) -> Selection:
         chosen = select(
-            noisy_counts,
+            counts.noisy if counts else None,
             clusters.assignments,
             clusters.projected,
             clusters.centroids.float(),
             size=self.plan.size,
             strategy=self.plan.strategy,
-            noise_std=self.plan.noise_std,
+            noise_std=counts.noise_std if counts else 0.0,
             generator=torch.Generator().manual_seed(self.plan.seed),
         )
         size, wanted = len(chosen.indices), self.plan.size
@@ -312,65 +316,95 @@ class Probe:
             log.warning("the pool holds %d readable images, not the %d asked for", size, wanted)
         if chosen.num_filled_up:
             log.warning(
-                "%d of %d images come from clusters below the threshold: the kept clusters hold no "
-                "more (ask for fewer with selection.size, or lower privacy.noise_std)",
+                "%d of %d images lie outside the region that holds all of the client's estimated "
+                "images (ask for fewer with selection.size, or lower privacy.noise_std)",
                 chosen.num_filled_up,
                 size,
             )
         return chosen
 
+    def _chosen(
+        self, bank: EmbeddingBank, indices: npt.NDArray[np.int64]
+    ) -> tuple[EncoderSpec, tuple[EmbeddingBank, npt.NDArray[np.int64]]]:
+        """The labeler's encoder; and chosen images' embeddings by it: a bank and its rows."""
+        encoder = replace(self.plan.encoder, features=self.labeler.features)
+        if encoder == self.plan.encoder:
+            return encoder, (bank, indices)
+        source = SomeImages(self.pool, indices)
+        chosen = build_bank(
+            self.cache_dir / "embeddings" / f"{source.fingerprint[:16]}-{encoder.key}",
+            source,
+            Encoder(encoder).to(self._device),
+            image_size=encoder.image_size,
+            batch_size=self._batch_size,
+            num_workers=self._num_workers,
+            device=self._device,
+            title="embedding the proxy set",
+        )
+        return encoder, (chosen, np.arange(len(indices)))
+
     def _views(
-        self, bank: EmbeddingBank, indices: npt.NDArray[np.int64], num_views: int
+        self,
+        spec: EncoderSpec,
+        bank: EmbeddingBank,
+        rows: npt.NDArray[np.int64],
+        indices: npt.NDArray[np.int64],
+        num_views: int,
     ) -> Iterator[npt.NDArray[np.float32]]:
         """Embeddings [B, 1 + V, D] of chosen images and random views of each; of a sample."""
         generator = torch.Generator().manual_seed(self.plan.seed)
-        sample = torch.randperm(len(indices), generator=generator)[:MAX_VIEWED_IMAGES]
-        rows = np.sort(indices[sample.numpy()])
+        sample = torch.randperm(len(indices), generator=generator)[:MAX_VIEWED_IMAGES].numpy()
+        sample.sort()
         batch = max(1, self._batch_size // num_views)
-        size = self.plan.encoder.image_size
-        encoder = Encoder(self.plan.encoder).to(self._device)
-        with progress_bar("embedding views", len(rows), "images") as advance:
-            for first in range(0, len(rows), batch):
-                some = rows[first : first + batch]
+        encoder = Encoder(spec).to(self._device)
+        with progress_bar("embedding views", len(sample), "images") as advance:
+            for first in range(0, len(sample), batch):
+                some = sample[first : first + batch]
                 views = []
-                for row in some.tolist():
+                for row in indices[some].tolist():
                     own = torch.Generator().manual_seed(self.plan.seed + row)
-                    image = to_tensor(self.pool.read(row), size)
+                    image = to_tensor(self.pool.read(row), spec.image_size)
                     views += [random_view(image, own) for _ in range(num_views)]
                 embedded = encoder(torch.stack(views).to(self._device)).cpu().numpy()
                 embedded = embedded.reshape(len(some), num_views, -1)
-                yield np.concatenate([bank.rows(some)[:, None], embedded], axis=1)
+                yield np.concatenate([bank.rows(rows[some])[:, None], embedded], axis=1)
                 advance(len(some))
 
     def _ask(self, content: bytes) -> bytes:
         """Ask the client once; the answer is kept, and read from disk when asked again."""
         name = f"{self.fingerprint[:16]}-{query_id_of(content)}.answer"
         kept = self.cache_dir / "answers" / name
-        if kept.is_file():
-            answer = kept.read_bytes()
-        else:
-            self._mailbox = self._mailbox or self._mailbox_for(self.fingerprint)
-            answer = self._mailbox.ask(content)
+        sizes = kept.with_suffix(".json")
+        if not (kept.is_file() and sizes.is_file()):
+            mailbox = self._mailbox = self._mailbox or self._mailbox_for(self.fingerprint)
+            before = mailbox.bytes_sent, mailbox.bytes_received
+            answer = mailbox.ask(content)
+            down, up = mailbox.bytes_sent - before[0], mailbox.bytes_received - before[1]
             write_bytes(kept, answer)
-        self._communication["bytes_down"] += len(content)
-        self._communication["bytes_up"] += len(answer)
+            write_json(sizes, {"bytes_down": down, "bytes_up": up})
+        for name, size in read_json(sizes).items():
+            self._communication[name] += size
         self._communication["round_trips"] += 1
-        return answer
+        return kept.read_bytes()
 
     def _commit(
         self,
         clusters: _Clusters,
-        noisy_counts: Tensor | None,
+        counts: _Counts | None,
         selection: Selection,
         labels: Labels,
-        epsilon: float,
     ) -> None:
         plan = self.plan
         indices = clusters.readable[selection.indices.numpy()]
         chosen = torch.zeros(len(clusters.readable), dtype=torch.bool)
         chosen[selection.indices] = True
         leftover = torch.nonzero(selection.kept[clusters.assignments] & ~chosen).flatten().numpy()
-        statement = asdict(PrivacyStatement(epsilon, plan.delta))
+        releases = [*([counts.release] if counts else []), *labels.releases]
+        statement = asdict(
+            PrivacyStatement(
+                epsilon_of(releases, plan.delta), plan.delta, unit=_unit_of(counts, labels)
+            )
+        )
         proxy_set = ProxySet(
             ids=[self.pool.ids[index] for index in indices],
             clusters=clusters.assignments[selection.indices],
@@ -393,7 +427,7 @@ class Probe:
             proxy_set=proxy_set,
             indices=torch.from_numpy(indices),
             unlabeled=torch.from_numpy(clusters.readable[leftover]),
-            noisy_counts=noisy_counts,
+            noisy_counts=counts.noisy if counts else None,
             cluster_sizes=torch.bincount(clusters.assignments, minlength=len(clusters.centroids)),
             selection=selection,
             privacy=statement,
@@ -420,6 +454,24 @@ class _Clusters:
     assignments: Tensor  # [readable] int64
     projected: npt.NDArray[np.float32]  # [readable, d] memory map
     readable: npt.NDArray[np.int64]  # pool places
+
+
+@dataclass(frozen=True)
+class _Counts:
+    noisy: Tensor  # [R] int64
+    noise_std: float
+    release: Release
+    max_per_unit: int
+
+
+def _unit_of(counts: _Counts | None, labels: Labels) -> str:
+    """Who counts as one in the client's answers, in the words of the privacy statement."""
+    declared = {counts.max_per_unit} if counts else set()
+    declared |= {labels.max_per_unit} if labels.releases else set()
+    if len(declared) > 1:
+        raise MessageError("the client's answers protect different units (max_per_unit differs)")
+    per_unit = max(declared, default=1)
+    return "sample" if per_unit == 1 else f"person (of at most {per_unit} samples)"
 
 
 def _rows_in_chunks(

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ecos_pl.privacy import PrivacyStatement
+from ecos_pl.accounting import PrivacyStatement
 from ecos_pl.proxy_set import ProxySet
 from ecos_pl.selection import Selection
 from ecos_pl.storage import read_json, write_json

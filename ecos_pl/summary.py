@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ecos_pl.privacy import PrivacyStatement
+from ecos_pl.accounting import PrivacyStatement
 from ecos_pl.probe_result import ProbeResult
 
 _NOTHING_RELEASED = {

@@ -34,7 +34,11 @@ PARTS = [
     ["data=mixed_digits"],
     [*FOLDER, "data.client_domain=mnist"],
     ["labels=client_prototypes", "labels.noise_multiplier=1e-5"],
+    ["labels=client_table", "labels.noise_std=4.5", "labels.features=final"],
+    ["labels=client_knn", "labels.max_answers=7"],
     ["labels=public"],
+    ["client=simulated"],
+    ["client=mailbox", "client.url=s3://b/x", "client.deadline_hours=0.5"],
     ["task=self_labeling", "task.ema_decay=null", "task.augment=none"],
     ["logger=csv"],
     ["logger=wandb", "logger.tags=[a,no]", "logger.entity=me"],
@@ -189,9 +193,11 @@ def test_replacing_a_part_drops_the_options_it_had_below(load, refusal, config_d
 
 
 def test_required_options_are_named(refusal):
-    assert "data.pool and data.client" in refusal("data=folder")
-    line = refusal("data=folder", "data.pool=x")
-    assert "data.client" in line
+    line = refusal("data=folder", "client=mailbox")
+    assert "data.pool" in line
+    assert "client.url" in line
+    line = refusal("data=folder", "client=mailbox", "data.pool=x")
+    assert "client.url" in line
     assert "data.pool" not in line
 
 

@@ -4,15 +4,17 @@ import json
 import pytest
 import torch
 
-from ecos_pl.client import Client, ClientPolicy
+from ecos_pl.accounting import epsilon_of
+from ecos_pl.client import Client
+from ecos_pl.client_policy import ClientPolicy
 from ecos_pl.encoder import EncoderSpec
 from ecos_pl.images import scan_folder
-from ecos_pl.labeling import PrototypeLabeler, PublicLabeler
+from ecos_pl.labeling import PublicLabeler
 from ecos_pl.ledger import Ledger
 from ecos_pl.mailbox import InProcessMailbox
 from ecos_pl.messages import CoverageAnswer, MessageError
-from ecos_pl.privacy import epsilon_of
 from ecos_pl.probe import Probe, ProbePlan
+from ecos_pl.prototype_labeler import PrototypeLabeler
 
 SPEC = EncoderSpec("mobilenetv3_small_050", "random", 32)
 PLAN = ProbePlan(encoder=SPEC, num_clusters=8, num_dims=8, size=60, noise_std=1.0, max_epsilon=9.0)
@@ -27,20 +29,28 @@ class World:
         self.private = scan_folder(image_tree / "client" / "train")
         self.folder, self.asked = folder, 0
 
-    def probe(self, plan=PLAN, labeler=None, change=lambda answer: answer):
+    def probe(self, plan=PLAN, labeler=None, change=lambda answer: answer, client_id="c"):
         def mailbox(fingerprint):
-            policy = ClientPolicy(plan.noise_std, plan.sample_rate, plan.delta)
+            policy = ClientPolicy(min_noise_std=0.5, min_noise_multiplier=0.05, encoder=SPEC)
             folder = self.folder / "clients" / fingerprint[:16]
 
             def answer(query):
                 self.asked += 1
-                client = Client(folder, self.private, policy, encoder=SPEC)
+                client = Client.simulated(folder, self.private, policy)
                 return change(client.answer(query))
 
-            return InProcessMailbox(lambda: answer)
+            return InProcessMailbox(lambda: answer, client_id=client_id)
 
         labeler = labeler or PublicLabeler(CLASSES)
-        return Probe(self.pool, plan, labeler, mailbox, self.folder / "cache", batch_size=32)
+        return Probe(
+            self.pool,
+            plan,
+            labeler,
+            mailbox,
+            self.folder / "cache",
+            client_id=client_id,
+            batch_size=32,
+        )
 
 
 @pytest.fixture
@@ -83,7 +93,7 @@ def test_a_second_run_reads_the_disk_and_asks_nobody(world):
 
 def test_interrupted_after_the_answer_it_resumes_and_spends_nothing_more(world):
     class Broken(PublicLabeler):
-        def label(self, **options):
+        def label(self, task):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -174,6 +184,12 @@ def test_a_plan_that_cannot_be_kept_is_refused_before_asking(world, changes, wor
         ({"query_id": "0" * 32}, "another question"),
         ({"noisy_counts": torch.zeros(7, dtype=torch.int64)}, "8 whole numbers"),
         ({"noisy_counts": torch.zeros(8)}, "8 whole numbers"),
+        ({"noisy_counts": torch.full((8,), 2**60)}, "too large to be true"),
+        ({"noisy_counts": torch.full((8,), -(2**63))}, "too large to be true"),
+        ({"sample_rate": 0.5}, "the plan says 1"),
+        ({"relation": "replace"}, "of another kind"),
+        ({"max_per_unit": 0}, "out of range"),
+        ({"max_per_unit": 5}, "noise_std is 1, the plan says 5"),
         ({"noise_std": 0.7}, "the plan says"),
     ],
 )
@@ -192,8 +208,9 @@ def test_the_plan_and_the_labeler_name_the_result(world):
         world.probe(dataclasses.replace(PLAN, noise_std=2.0)).fingerprint,
         world.probe(dataclasses.replace(PLAN, attempt=1)).fingerprint,
         world.probe(labeler=PublicLabeler(CLASSES[:1])).fingerprint,
+        world.probe(client_id="another").fingerprint,
     }
-    assert len(fingerprints) == 5
+    assert len(fingerprints) == 6
     assert world.probe().fingerprint in fingerprints
 
 

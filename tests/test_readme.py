@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import train
+from ecos_pl.client_cli import _parser as client_parser
 
 REPOSITORY = Path(train.__file__).parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -32,6 +35,24 @@ def test_train_takes_the_options_shown(command, capsys):
     assert "selection:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("ecos-client")])
+def test_the_client_takes_the_options_shown(command):
+    options = client_parser().parse_args(command.split()[1:])
+    assert callable(options.run)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"python \w+/", c)])
+def test_scripts_shown_exist_and_take_the_options(command, capsys):
+    script, *arguments = command.split()[1:]
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / script), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert argument.partition("=")[0] in done.stdout
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
 def test_make_has_the_target(command):
     makefile = (REPOSITORY / "Makefile").read_text()
@@ -47,6 +68,6 @@ def test_files_named_in_the_readme_exist(name):
 def test_options_named_in_the_readme_exist(key):
     from ecos_pl.config_help import help_text
 
-    if key.split(".")[-1] in ("py", "csv", "json", "md", "yaml"):
+    if key.split(".")[-1] in ("py", "csv", "json", "md", "yaml", "sqlite"):
         return
     assert f"  {key}" in help_text(REPOSITORY / "configs"), key

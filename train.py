@@ -92,11 +92,11 @@ def train(config: Config) -> dict[str, Any]:
         trainer.fit(module, datamodule, ckpt_path=_checkpoint(folder), weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
-    # What is tested is what is saved: the averaged weights of the last checkpoint.
-    last = None if config.trainer.fast_dev_run else _checkpoint(folder)
+    if not config.trainer.fast_dev_run:
+        _take_averaged_weights(module, folder)
     metrics = []
     if scenario.client_test is not None:
-        metrics = trainer.test(module, datamodule, ckpt_path=last, weights_only=True, verbose=False)
+        metrics = trainer.test(module, datamodule, verbose=False)
     summary = summarise(
         run_id=folder.name,
         seed=config.seed,
@@ -114,7 +114,7 @@ def train(config: Config) -> dict[str, Any]:
         },
     )
     if trainer.is_global_zero and not config.trainer.fast_dev_run:
-        _save_model(module, last, config, folder)
+        _save_model(module, config, folder)
         write_json(folder / "summary.json", summary)
         if datamodule.probe_result is not None:
             datamodule.probe_result.proxy_set.save(folder)
@@ -384,20 +384,27 @@ def _checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
-def _save_model(
-    module: L.LightningModule, checkpoint: str | None, config: Config, folder: Path
-) -> None:
-    """Write ``model.safetensors``: the averaged weights, for `ecos-client evaluate`."""
+def _take_averaged_weights(module: L.LightningModule, folder: Path) -> None:
+    """Give the module the weights that its last checkpoint averaged: tested is what is delivered.
+
+    Not through ``trainer.test(ckpt_path=…)``: after a fit, Lightning's weight averaging would give
+    back the weights of the last step instead.
+    """
     import torch
 
+    if (last := _checkpoint(folder)) is not None:
+        module.load_state_dict(
+            torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
+        )
+
+
+def _save_model(module: L.LightningModule, config: Config, folder: Path) -> None:
+    """Write ``model.safetensors``, for `ecos-client evaluate`."""
     from ecos_pl.model_file import TrainedModel, save_model
     from ecos_pl.modules.self_labeling import SelfLabelingModule
 
-    assert isinstance(module, SelfLabelingModule)
-    if checkpoint is not None:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-        module.load_state_dict(state)
     task = config.task
+    assert isinstance(module, SelfLabelingModule)
     assert isinstance(task, SelfLabelingOptions)
     model = TrainedModel(module.net, task.backbone, task.image_size, module.classes)
     save_model(folder / "model.safetensors", model)

@@ -34,9 +34,6 @@ LABELERS = {
     ),
     "client_table": lambda classes: TableLabeler(classes),
     "client_knn": lambda classes: VoteLabeler(classes),
-    "client_knn, screened": lambda classes: VoteLabeler(
-        classes, num_queries=4 * len(classes), max_answers=2 * len(classes)
-    ),
 }
 DELTA = 1e-5
 LABEL_NOISE = 1.2

@@ -14,6 +14,8 @@ import torch
 import yaml
 
 import train
+from ecos_pl.images import read_image, to_tensor
+from ecos_pl.model_file import load_model
 from ecos_pl.modules.self_labeling import SelfLabelingModule
 from ecos_pl.proxy_set import ProxySet
 
@@ -230,3 +232,21 @@ def test_every_experiment_file_is_a_valid_config():
     for path in sorted((REPOSITORY / "configs" / "experiment").glob("*.yaml")):
         extra = ["data.pool=a", "data.client=b"] if "folder" in path.read_text() else []
         assert train.main([f"experiment={path.stem}", *extra, "--print-config"]) == 0
+
+
+def test_what_is_tested_is_what_is_delivered(run, tmp_path, image_tree):
+    """The averaged weights; few steps of strong averaging keep them far from the last ones."""
+    _, summary, _, _ = run("task.ema_decay=0.99", "trainer.max_epochs=3")
+    model = load_model(tmp_path / "run" / "model.safetensors")
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    averaged = {k.removeprefix("net."): v for k, v in last["state_dict"].items()}
+    delivered = model.net.state_dict()
+    assert all(torch.equal(delivered[name], averaged[name]) for name in delivered)
+    current = last["current_model_state"]
+    assert not all(torch.equal(v, current[f"net.{k}"]) for k, v in delivered.items())
+    right = [
+        model(to_tensor(read_image(path), 32)[None]).argmax() == model.classes.index(label)
+        for label in model.classes
+        for path in (image_tree / "client" / "test" / label).iterdir()
+    ]
+    assert summary["simulation"]["test_accuracy"] == pytest.approx(sum(right) / len(right))

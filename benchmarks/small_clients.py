@@ -4,7 +4,7 @@ python benchmarks/small_clients.py --out runs/small_clients
 
 Pool and client are those of mixed_digits; a client of more than 1,000 images takes further MNIST
 images from torchvision's folders under --root (left out if they are absent). Only the counts are
-released: δ = 1e-5, noise as `privacy.calibrate_noise_multiplier` gives it. To be quick and
+released: δ = 1e-5, noise as `accounting.calibrate_noise_multiplier` gives it. To be quick and
 repeatable the noise is rounded N(0, σ²) from a seeded generator, not the client's secure discrete
 Gaussian of the same σ. Each repeat draws its own client and noise; k-means has three seeds. A
 repeat has the same seed in every cell: neighbouring cells are not independent.
@@ -31,12 +31,12 @@ import make_mixed_digits  # noqa: E402
 
 from callbacks.figures import BLUE, DARK, DPI, GREEN, ORANGE, new_figure, plain_axes  # noqa: E402
 from datamodules.mixed_digits import mixed_digits  # noqa: E402
+from ecos_pl.accounting import calibrate_noise_multiplier  # noqa: E402
 from ecos_pl.clustering import assign, fit_pca, kmeans  # noqa: E402
 from ecos_pl.coverage import coverage_counts  # noqa: E402
 from ecos_pl.embedding_bank import build_bank  # noqa: E402
 from ecos_pl.encoder import Encoder, EncoderSpec  # noqa: E402
 from ecos_pl.images import to_tensor  # noqa: E402
-from ecos_pl.privacy import calibrate_noise_multiplier  # noqa: E402
 from ecos_pl.selection import default_num_clusters, select  # noqa: E402
 
 DELTA, SIZE, NUM_DIMS, CLUSTER_SEEDS = 1e-5, 1500, 64, (1, 2, 3)
@@ -64,7 +64,7 @@ class Bench:
     def __init__(self, run_root: Path, data_root: Path) -> None:
         scenario, spec = mixed_digits(), EncoderSpec()
         encoder = Encoder(spec)
-        name = f"{scenario.pool.fingerprint[:16]}-{spec.fingerprint()[:16]}"
+        name = f"{scenario.pool.fingerprint[:16]}-{spec.key}"
         bank = build_bank(
             run_root / "cache" / "embeddings" / name,
             scenario.pool,

@@ -68,6 +68,6 @@ def test_files_named_in_the_readme_exist(name):
 def test_options_named_in_the_readme_exist(key):
     from ecos_pl.config_help import help_text
 
-    if key.split(".")[-1] in ("py", "csv", "json", "md", "yaml", "sqlite"):
+    if key.split(".")[-1] in ("py", "csv", "json", "md", "yaml", "sqlite", "safetensors"):
         return
     assert f"  {key}" in help_text(REPOSITORY / "configs"), key

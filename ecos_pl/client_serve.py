@@ -120,7 +120,12 @@ def _read(client: Client, payload: bytes, person: Person) -> Request:
     except UnknownEncoderError as unknown:
         if not _trusts(person, unknown.spec):
             raise
-        client.trust(unknown.spec)
+        try:
+            client.trust(unknown.spec)
+        except ValueError as error:  # its own text may name a path of this machine
+            raise MessageError(
+                f"this client cannot load the encoder {unknown.spec.name}"
+            ) from error
     return client.read(payload)
 
 

@@ -1,5 +1,6 @@
 """The client's program, from init to evaluate, as a person runs it."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -321,6 +322,26 @@ def test_a_policy_can_require_a_yes(home, capsys, monkeypatch, says):
     assert len(ledger.entries()) == (says == "y")
     if says != "y":
         assert "said no" in refusal(home, coverage_query())
+
+
+def test_an_encoder_that_cannot_be_loaded_is_refused_and_the_client_goes_on(
+    home, capsys, monkeypatch
+):
+    fingerprint = open_ledger(home / "client")[1].fingerprint
+    change_policy(home, f"fingerprint: {fingerprint}", "fingerprint: null")
+    change_policy(home, "encoder: mobilenetv3_small_050", "encoder: ask")
+    change_policy(home, "image_size: 32", "image_size: null")
+    query = CoverageQuery.from_bytes(coverage_query())
+    unknown = {**query.encoder, "name": "no_such_network"}
+    payload = dataclasses.replace(query, encoder=unknown).to_bytes()
+    leave(home, payload)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    command = ["serve", home / "client", "--mailbox", home / "box", *SERVE]
+    status, _, _ = run(*command, capsys=capsys)
+    assert status == 0
+    assert refusal(home, payload) == "this client cannot load the encoder no_such_network"
+    assert open_ledger(home / "client")[0].entries() == []
 
 
 def test_sigterm_ends_it_cleanly_and_it_answers_while_it_runs(home):

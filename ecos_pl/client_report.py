@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ecos_pl.accounting import PrivacyStatement, epsilon_of
 from ecos_pl.client_policy import ClientPolicy
-from ecos_pl.embedding_bank import SourceDataset
 from ecos_pl.envelope import MAX_BYTES, MessageError, is_signed, unseal
+from ecos_pl.image_reader import SourceDataset
 from ecos_pl.images import ImageSource
 from ecos_pl.ledger import Ledger
 from ecos_pl.message_format import describe_message, query_id_of

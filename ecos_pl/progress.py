@@ -8,12 +8,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(title: str | None, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    title: str | None, total: int | None, unit: str
+) -> Iterator[Callable[[int], None]]:
     """Show a bar on a terminal (nothing elsewhere) and yield ``advance(num_done)``.
 
     Args:
         title: What is being done, as in ``embedding the pool``; None shows nothing.
-        total: How many units there are.
+        total: How many units there are; None if that is not known.
         unit: What is counted, as in ``images``.
     """
     if title is None or not sys.stderr.isatty():

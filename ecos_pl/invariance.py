@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ecos_pl.clustering import Projection, fit_pca
+from ecos_pl.projection import Projection, fit_pca_of_chunks
 
 NUM_CANDIDATES = 256
 """Principal components among which directions are sought: fewer than images, so that both
@@ -70,7 +70,7 @@ def fit_invariant_projection(
     Raises:
         ValueError: There is no embedding or no view.
     """
-    pca = fit_pca(embeddings(), NUM_CANDIDATES)
+    pca = fit_pca_of_chunks(embeddings(), NUM_CANDIDATES)
     within = torch.zeros(len(pca.components), len(pca.components), dtype=torch.float64)
     count = 0
     for chunk in views:

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ecos_pl.clustering import Clustering, Projection, fit_pca, kmeans
 from ecos_pl.encoder import public_name
 from ecos_pl.invariance import fit_invariant_projection
+from ecos_pl.kmeans import Clustering, kmeans
 from ecos_pl.labeling import LabelingTask
+from ecos_pl.projection import Projection, fit_pca_of_chunks
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def find_label_space(task: LabelingTask, *, num_dims: int, num_views: int) -> La
     if seen:
         projection = fit_invariant_projection(task.embeddings, seen, num_dims)
     else:
-        projection = fit_pca(task.embeddings(), num_dims).whitened()
+        projection = fit_pca_of_chunks(task.embeddings(), num_dims).whitened()
     projection = projection.rounded()
     features = torch.cat([projection(torch.from_numpy(rows)) for rows in task.embeddings()])
     return LabelSpace(projection, features, _views_of_all(seen, projection, len(features)))

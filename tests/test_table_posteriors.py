@@ -6,7 +6,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
-from ecos_pl.clustering import assign, kmeans
+from ecos_pl.kmeans import kmeans
+from ecos_pl.nearest import assign
 from ecos_pl.table_posteriors import _densities, discriminant_posteriors, table_posteriors
 
 MEANS = torch.tensor([[2.0, 0.0], [-1.0, 1.7], [-1.0, -1.7]], dtype=torch.float64)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.semi_supervised import LabelSpreading
 
-from ecos_pl.clustering import kmeans
+from ecos_pl.kmeans import kmeans
 from ecos_pl.vote_posteriors import medoids, neighbor_graph, spread_labels, vote_posteriors
 
 MEANS = torch.tensor([[3.0, 0.0], [-1.5, 2.6], [-1.5, -2.6]])

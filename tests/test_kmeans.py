@@ -1,17 +1,22 @@
 import itertools
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rank_processes import ROOT, run_ranks
 from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
-from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
-from ecos_pl import clustering
-from ecos_pl.clustering import assign, fit_pca, kmeans
+from ecos_pl import kmeans as kmeans_module
 from ecos_pl.coverage import coverage_counts
+from ecos_pl.kmeans import kmeans
+from ecos_pl.nearest import assign
 
 
 def table(rows, dims, seed=0):
@@ -28,92 +33,6 @@ def nearest_by_brute_force(rows, centroids):
         rows.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist"
     )
     return distances.argmin(1)
-
-
-# --- PCA -----------------------------------------------------------------------------------------
-
-
-def skewed(rows=500, dims=12, seed=0):
-    """Rows with clearly different variances in turned directions, away from the origin."""
-    turn = torch.linalg.qr(table(dims, dims, seed + 1)).Q
-    return table(rows, dims, seed) * torch.linspace(3, 0.2, dims) @ turn + 2
-
-
-@pytest.mark.parametrize("num_dims", [1, 5, 12])
-def test_pca_agrees_with_scikit_learn(num_dims):
-    rows = skewed()
-    found = fit_pca([rows], num_dims)
-    expected = PCA(num_dims, svd_solver="full").fit(rows.double().numpy())
-    variances = expected.explained_variance_ * (len(rows) - 1) / len(rows)  # ours divides by N
-    assert torch.allclose(found.variances.double(), torch.from_numpy(variances), rtol=1e-4)
-    assert torch.allclose(found.mean.double(), torch.from_numpy(expected.mean_), atol=1e-5)
-    cosines = (found.components.double() * torch.from_numpy(expected.components_)).sum(1)
-    assert torch.allclose(cosines.abs(), torch.ones(num_dims, dtype=torch.float64), atol=1e-5)
-    largest = found.components.gather(1, found.components.abs().argmax(1, keepdim=True))
-    assert (largest > 0).all()
-    scores = np.abs(expected.transform(rows.double().numpy()))
-    assert np.allclose(found(rows).abs().numpy(), scores, atol=1e-3)
-
-
-def test_pca_does_not_depend_on_chunks_or_their_type():
-    rows = skewed()
-    whole = fit_pca([rows], 4)
-    for chunks in (rows.split(7), [rows[:0], rows[:1], rows[1:]], [rows.numpy()[::1]]):
-        parts = fit_pca(chunks, 4)
-        assert torch.allclose(parts.components, whole.components, atol=1e-4)
-        assert torch.allclose(parts.variances, whole.variances, rtol=1e-4)
-        assert torch.allclose(parts.mean, whole.mean, atol=1e-5)
-
-
-def test_pca_leaves_out_rows_of_unreadable_images():
-    rows = skewed(200)
-    with_gaps = torch.cat([rows[:50], torch.full((3, 12), torch.nan), rows[50:]])
-    with_gaps[120, 3:] = torch.nan  # a row that is NaN in part
-    rows = torch.cat([rows[:117], rows[118:]])
-    found, expected = fit_pca(with_gaps.split(64), 3), fit_pca([rows], 3)
-    assert torch.allclose(found.components, expected.components, atol=1e-4)
-    assert torch.allclose(found.variances, expected.variances, rtol=1e-4)
-
-
-@pytest.mark.parametrize("chunks", [[], [torch.empty(0, 3)], [torch.full((4, 3), torch.nan)]])
-def test_pca_of_no_row_is_refused(chunks):
-    with pytest.raises(ValueError, match="no embeddings"):
-        fit_pca(chunks, 2)
-
-
-def test_pca_keeps_at_most_as_many_dimensions_as_there_are():
-    assert fit_pca([table(50, 3)], 64).components.shape == (3, 3)
-    assert fit_pca([table(4, 10)], 64).components.shape == (4, 10)
-
-
-def test_pca_shared_by_processes():
-    """Two processes that hold half the rows each find what one finds."""
-    rows = skewed()
-    sums = []
-    fit_pca([rows[200:]], 3, reduce=lambda x: sums.append(x.clone()) or x)
-    shared = fit_pca([rows[:200]], 3, reduce=lambda x: x + sums[0])
-    assert torch.allclose(shared.components, fit_pca([rows], 3).components, atol=1e-4)
-
-
-def test_whitening_brings_every_dimension_to_variance_one():
-    rows = skewed(2000)
-    white = fit_pca([rows], 6).whitened()
-    covariance = white(rows).T.cov(correction=0)
-    assert torch.allclose(covariance, torch.eye(6), atol=1e-3)
-    assert torch.allclose(white.variances, torch.ones(6), atol=1e-5)
-
-
-def test_whitening_does_not_blow_up_a_dimension_without_signal():
-    rows = torch.cat([table(300, 2), torch.zeros(300, 1)], 1)
-    white = fit_pca([rows], 3).whitened(floor=1e-3)
-    assert white.components.isfinite().all()
-    assert white.components[2].norm() <= 1e-3**-0.5 * 1.2
-
-
-def test_a_rounded_projection_survives_float16():
-    rounded = fit_pca([skewed()], 4).rounded()
-    assert torch.equal(rounded.components.half().float(), rounded.components)
-    assert torch.equal(rounded.mean.half().float(), rounded.mean)
 
 
 # --- k-means -------------------------------------------------------------------------------------
@@ -150,23 +69,160 @@ def test_results_describe_each_other():
     assert found.inertia == pytest.approx(float(inertia), rel=1e-4)
 
 
-def test_order_of_the_rows_does_not_matter(monkeypatch):
+def test_results_do_not_depend_on_blocks(monkeypatch):
     rows, _ = blobs(3000, centers=12)
-    order = torch.randperm(3000, generator=torch.Generator().manual_seed(5))
-    one, other = kmeans(rows, 12, seed=3), kmeans(rows[order], 12, seed=3)
-    assert other.inertia == pytest.approx(one.inertia, rel=1e-6)
-    assert adjusted_rand_score(one.assignments[order], other.assignments) == 1
-    assert torch.allclose(one.centroids, other.centroids, atol=1e-4)  # in the same order, too
-    monkeypatch.setattr(clustering, "CHUNK_ROWS", 130)
-    chunked = kmeans(rows, 12, seed=3)
-    assert torch.equal(chunked.assignments, one.assignments)
+    whole = kmeans(rows.half(), 12, seed=3)
+    monkeypatch.setattr(kmeans_module, "block_rows", lambda num_clusters, device: 130)
+    parts = kmeans(rows.half(), 12, seed=3)
+    assert torch.equal(parts.assignments, whole.assignments)
+    assert torch.equal(parts.centroids, whole.centroids)
 
 
-def test_order_does_not_matter_where_the_start_is_drawn_from_a_sample():
-    rows = table(6000, 3)  # more than the 4,096 rows that k-means++ looks at
-    order = torch.randperm(6000, generator=torch.Generator().manual_seed(1))
-    one, other = kmeans(rows, 5, num_iters=2), kmeans(rows[order], 5, num_iters=2)
-    assert torch.allclose(one.centroids, other.centroids, atol=1e-4)
+def test_samples_lead_to_the_same_quality():
+    """Enough rows for two samples; no worse than scikit-learn, which looks at all rows."""
+    rows, _ = blobs(20_000, 6, centers=40, seed=2)
+    found = kmeans(rows, 9, seed=1)
+    expected = KMeans(9, n_init=3, max_iter=25, random_state=0).fit(rows.numpy())
+    assert found.inertia <= 1.03 * expected.inertia_
+    assert torch.equal(found.assignments, nearest_by_brute_force(rows, found.centroids))
+
+
+def test_restarts_choose_the_best():
+    rows, _ = blobs(900, 3, centers=30, seed=4)
+    single = [kmeans(rows, 30, seed=7919 * i).inertia for i in range(4)]
+    found = kmeans(rows, 30, num_restarts=4)
+    assert found.inertia <= min(single) * 1.001
+    assert max(single) > min(single) * 1.01
+
+
+def test_centroids_as_they_travel():
+    """Rounded to float16, equal ones once, and assignments to those."""
+    rows = (torch.nn.functional.normalize(table(2000, 8), dim=1) * 0.01).half()
+    rows = torch.cat([rows, torch.full((40, 8), 0.5).half()])
+    found = kmeans(rows, 30, num_iters=3, centroid_dtype=torch.float16)
+    assert torch.equal(found.centroids.half().float(), found.centroids)
+    assert torch.equal(found.assignments, assign(rows, found.centroids))
+    counts = torch.bincount(found.assignments, minlength=len(found.centroids))
+    assert torch.equal(counts, coverage_counts(rows.float(), found.centroids))
+    few = kmeans(torch.ones(50, 3).half(), 4, centroid_dtype=torch.float16)
+    assert few.centroids.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_nan_rows_take_no_part():
+    """The same as without them, from the same start."""
+    rows, _ = blobs(500)
+    start = rows[:8].clone()
+    gaps = torch.cat([rows[:200], torch.full((3, 5), torch.nan), rows[200:]])
+    gaps[300, 2:] = torch.nan  # in part
+    rows = torch.cat([rows[:297], rows[298:]])
+    found, expected = kmeans(gaps.half(), 8, start=start), kmeans(rows.half(), 8, start=start)
+    known = ~gaps.isnan().any(1)
+    assert torch.equal(found.centroids, expected.centroids)
+    assert torch.equal(found.assignments[known], expected.assignments)
+    assert found.assignments[~known].tolist() == [-1] * 4
+    assert found.inertia == pytest.approx(expected.inertia)
+    free = kmeans(gaps, 8)  # without a start
+    assert free.centroids.isfinite().all()
+    assert (free.assignments[~known] == -1).all()
+    assert (free.assignments[known] >= 0).all()
+
+
+def test_too_few_readable_rows():
+    rows = table(10, 2)
+    rows[3:] = torch.nan
+    with pytest.raises(ValueError, match="cannot make 5 clusters of 3 embeddings"):
+        kmeans(rows, 5)
+    with pytest.raises(ValueError, match="no embeddings"):
+        kmeans(torch.full((10, 2), torch.nan), 5)
+
+
+SCRIPT = """
+import numpy as np
+from ecos_pl.kmeans import kmeans
+from ecos_pl.nearest import assign
+from ecos_pl.projection import fit_pca
+from ecos_pl.ranks import Ranks
+rows = np.load(folder / "rows.npy", mmap_mode="r")
+with Ranks.of_processes() as ranks:
+    projection = fit_pca(rows, 6, ranks=ranks)
+    few = kmeans(rows, 20, seed=1, ranks=ranks, centroid_dtype=torch.float16)
+    many = kmeans(rows, 1500, num_iters=2, ranks=ranks)  # many of them run empty
+    far = torch.cat([torch.zeros(1, rows.shape[1]), torch.full((4, rows.shape[1]), 1e3)])
+    refilled = kmeans(rows, 5, start=far, num_iters=2, ranks=ranks)
+    found = {
+        "mean": projection.mean, "components": projection.components,
+        "variances": projection.variances, "assigned": assign(rows, few.centroids, ranks=ranks),
+    }
+    for name, one in {"few": few, "many": many, "refilled": refilled}.items():
+        found[name] = one.centroids, one.assignments, one.inertia, one.num_iters
+    torch.save(found, folder / f"found-{world_size}-{rank}.pt")
+"""
+
+
+def test_one_two_and_four_processes_find_the_same(tmp_path):
+    """To the last bit: principal components, centroids, assignments and inertia."""
+    draw = np.random.default_rng(0)
+    rows = draw.standard_normal((6_000, 16)) @ np.diag(1 / (1 + np.arange(16)))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    rows[2500:2510] = np.nan
+    rows[4000:5000] = rows[:1000]  # duplicates
+    np.save(tmp_path / "rows.npy", rows)
+    for world_size in (1, 2, 4):
+        run_ranks(SCRIPT, world_size, tmp_path)
+    expected = torch.load(tmp_path / "found-1-0.pt")
+    for world_size in (2, 4):
+        for rank in range(world_size):
+            found = torch.load(tmp_path / f"found-{world_size}-{rank}.pt")
+            for name, value in expected.items():
+                if isinstance(value, torch.Tensor):
+                    assert torch.equal(found[name], value), name
+                    continue
+                assert torch.equal(found[name][0], value[0]), name
+                assert torch.equal(found[name][1], value[1]), name
+                assert found[name][2:] == value[2:], name
+
+
+PEAK = """
+import sys
+import numpy as np
+from ecos_pl.kmeans import kmeans
+from ecos_pl.row_blocks import read_rows
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 1024
+rows = np.load(sys.argv[1], mmap_mode="r")
+kmeans(np.asarray(rows[:20_000]), 20, num_iters=2)
+before = peak()
+read_rows(rows, np.arange(0, len(rows), 1000))  # each brings the pages around it
+kmeans(rows, 20, num_iters=2)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read there")
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """300,000 rows more are 154 MB more in the file, and 307 MB in float32.
+
+    What may grow is some 20 bytes of state a row (6 MB), and assignments.
+    """
+    path = tmp_path / "rows.npy"
+    some = np.random.default_rng(0).standard_normal((20_000, 256), np.float32).astype(np.float16)
+    peaks = []
+    for num_rows in (100_000, 400_000):
+        rows = np.lib.format.open_memmap(path, "w+", dtype=np.float16, shape=(num_rows, 256))
+        for first in range(0, num_rows, len(some)):
+            rows[first : first + len(some)] = some
+        rows.flush()
+        found = subprocess.run(
+            [sys.executable, "-c", PEAK, str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
+        peaks.append(float(found.stdout))
+    assert peaks[1] - peaks[0] < 45, peaks
+    assert peaks[1] < 110, peaks
 
 
 def test_the_seed_matters_and_repeats():
@@ -204,8 +260,8 @@ def test_several_empty_clusters_are_refilled():
     assert found.inertia < 0.8 * kmeans(rows, 1).inertia
 
 
-def test_empty_clusters_are_refilled_from_any_chunk(monkeypatch):
-    monkeypatch.setattr(clustering, "CHUNK_ROWS", 7)
+def test_empty_clusters_are_refilled_from_any_block(monkeypatch):
+    monkeypatch.setattr(kmeans_module, "block_rows", lambda num_clusters, device: 7)
     rows = torch.cat([torch.tensor([[90.0]]), torch.zeros(40, 1), torch.tensor([[-70.0]])])
     found = kmeans(rows, 3, start=torch.tensor([[0.0], [1e6], [2e6]]))
     assert sorted(found.centroids.flatten().tolist()) == [-70.0, 0.0, 90.0]
@@ -248,7 +304,7 @@ def test_impossible_numbers_of_clusters_are_refused(num_clusters):
         kmeans(table(10, 2), num_clusters)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
 @pytest.mark.parametrize("with_start", [True, False])
 def test_rows_that_are_not_finite_are_refused(bad, with_start):
     rows = table(50, 3)
@@ -308,7 +364,6 @@ def test_read_only_maps_do_not_warn():
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            fit_pca([rows], 1)
             assign(rows, torch.ones(2, 2))
             kmeans(rows, 2)
     finally:
@@ -340,42 +395,3 @@ def test_start_finds_well_separated_groups_without_a_single_iteration():
     for seed in range(5):
         found = kmeans(rows, 20, seed=seed, num_iters=1)
         assert adjusted_rand_score(groups, found.assignments) == 1
-
-
-# --- assignment ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("n", "r", "d"), [(1000, 37, 16), (300, 1, 3), (5, 600, 2), (700, 50, 64)])
-def test_assign_agrees_with_brute_force_and_with_the_client(n, r, d):
-    rows, centroids = table(n, d, 1), table(r, d, 2)
-    found = assign(rows, centroids)
-    assert found.dtype == torch.int64
-    assert torch.equal(found, nearest_by_brute_force(rows, centroids))
-    assert torch.equal(torch.bincount(found, minlength=r), coverage_counts(rows, centroids))
-
-
-def test_centroids_as_they_travel():
-    """float16 centroids and unit vectors, as in the dialogue: both parties count alike."""
-    rows = torch.nn.functional.normalize(table(2000, 32, 1), dim=1)
-    centroids = kmeans(rows, 30, num_iters=3).centroids.half()
-    found = torch.bincount(assign(rows, centroids.float()), minlength=30)
-    assert torch.equal(found, coverage_counts(rows, centroids.float()))
-
-
-def test_ties_go_to_the_lowest_index():
-    centroids = torch.tensor([[5.0], [2.0], [0.0], [2.0]])
-    assert assign(torch.tensor([[1.0], [2.0], [3.5]]), centroids).tolist() == [1, 1, 0]
-    same = table(1, 8).expand(300, 8)
-    assert assign(table(50, 8, 1), same).tolist() == [0] * 50
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 7, 100, 999])
-def test_assign_does_not_depend_on_chunks(monkeypatch, chunk_rows):
-    rows, centroids = table(500, 16, 1), table(20, 16, 2)
-    whole = assign(rows, centroids)
-    monkeypatch.setattr(clustering, "CHUNK_ROWS", chunk_rows)
-    assert torch.equal(assign(rows, centroids), whole)
-
-
-def test_assign_nothing():
-    assert assign(torch.empty(0, 3), table(4, 3)).tolist() == []

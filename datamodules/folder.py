@@ -1,8 +1,8 @@
 """`data=folder`: the user's own images, a pool folder and a client folder.
 
-The pool may be any tree: `domain/class/x.png`, `class/x.png` or just `x.png`. The client's images
-lie in `train/class/x.png` and `test/class/x.png`, or elsewhere, at a client that is asked through
-a mailbox: then only the names of its classes are given.
+The pool may be any tree: `domain/class/x.png`, `class/x.png` or just `x.png`; or any other source
+of images. The client's images lie in `train/class/x.png` and `test/class/x.png`, or elsewhere, at
+a client that is asked through a mailbox: then only the names of its classes are given.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,20 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from datamodules.scenario import Scenario
-from ecos_pl.images import FolderSource, scan_folder
+from ecos_pl.images import FolderSource, PoolSource, scan_folder
+from ecos_pl.pool_index import Categories
 
 
 def remote_client_data(
-    pool: Path, classes: Sequence[str], client_domain: str | None = None
+    pool: Path | PoolSource, classes: Sequence[str], client_domain: str | None = None
 ) -> Scenario:
-    """Scan the pool alone: the client's images are not here.
+    """The pool alone: the client's images are not here.
+
+    Args:
+        pool: A folder, which is scanned now, or a source, which is not looked at: whoever opens
+            it calls `check_domain`.
+        classes: The client's class names.
+        client_domain: The pool's name for the client's domain.
 
     Raises:
         ValueError: one line about what is wrong with the folder, the classes or `client_domain`.
@@ -27,19 +34,26 @@ def remote_client_data(
         )
     if len(set(classes)) != len(classes):
         raise ValueError("data.classes names a class twice")
-    pool_source = scan_folder(Path(pool))
-    if client_domain is not None:
-        _check_domain(client_domain, pool_source)
-    return Scenario("folder", pool_source, None, None, list(classes), client_domain)
+    source = _opened(pool, client_domain)
+    return Scenario("folder", source, None, None, list(classes), client_domain)
 
 
-def folder_data(pool: Path, client: Path, client_domain: str | None = None) -> Scenario:
-    """Scan both folders; the classes are the class folders of `client/train`, sorted.
+def folder_data(
+    pool: Path | PoolSource, client: Path, client_domain: str | None = None
+) -> Scenario:
+    """The pool and the client's folder; the classes are the folders of `client/train`, sorted.
+
+    Args:
+        pool: A folder, which is scanned now, or a source, which is not looked at: whoever opens
+            it calls `check_apart` and `check_domain`.
+        client: Folder with `train` and `test`.
+        client_domain: The pool's name for the client's domain.
 
     Raises:
         ValueError: one line about what is wrong with a folder or with `client_domain`.
     """
-    _check_apart(Path(pool), Path(client))
+    if isinstance(pool, Path):
+        check_apart(pool, Path(client))
     client_train = _scan_classes(Path(client) / "train")
     client_test = _scan_classes(Path(client) / "test")
     classes = sorted({label for label in client_train.labels if label is not None})
@@ -49,13 +63,21 @@ def folder_data(pool: Path, client: Path, client_domain: str | None = None) -> S
             f"class {min(unknown)!r} is in {client_test.name!r} but not in {client_train.name!r}:"
             " every class tested needs a folder in train"
         )
-    pool_source = scan_folder(Path(pool))
+    source = _opened(pool, client_domain)
+    return Scenario("folder", source, client_train, client_test, classes, client_domain)
+
+
+def _opened(pool: Path | PoolSource, client_domain: str | None) -> PoolSource:
+    if not isinstance(pool, Path):
+        return pool
+    source = scan_folder(pool)
     if client_domain is not None:
-        _check_domain(client_domain, pool_source)
-    return Scenario("folder", pool_source, client_train, client_test, classes, client_domain)
+        check_domain(client_domain, source)
+    return source
 
 
-def _check_apart(pool: Path, client: Path) -> None:
+def check_apart(pool: Path, client: Path) -> None:
+    """Refuse (ValueError) a pool and a client that lie in one another, or nowhere."""
     for role, path in (("pool", pool), ("client", client)):
         if not path.is_dir():
             raise ValueError(f"{role} folder {str(path)!r} does not exist or is no folder")
@@ -84,8 +106,11 @@ def _scan_classes(folder: Path) -> FolderSource:
     return source
 
 
-def _check_domain(client_domain: str, pool: FolderSource) -> None:
-    known = sorted({domain for domain in pool.domains if domain is not None})
+def check_domain(client_domain: str, pool: PoolSource) -> None:
+    """Refuse (ValueError) a domain that no image of the pool has."""
+    domains = pool.domains
+    named = domains.names if isinstance(domains, Categories) else set(domains)
+    known = sorted(domain for domain in named if domain is not None)
     if not known:
         raise ValueError(
             f"client_domain {client_domain!r}: pool {pool.name!r} has no domains, which takes a"

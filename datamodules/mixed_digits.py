@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.scenario import Scenario
+from ecos_pl.images import PoolPart
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -94,6 +95,7 @@ class MixedDigitsSource:
         # with them by a grey level or two: an upgrade should not ask the client a second time.
         text = f"{_asset_sha256()} {self.name} {DRAWING_VERSION}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        self.parts = [PoolPart(self.name, None, 0, len(self.ids), self.fingerprint)]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ecos_pl.images import ImageSource
+from ecos_pl.images import ImageSource, PoolSource
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Scenario:
     """
 
     name: str
-    pool: ImageSource
+    pool: PoolSource
     client_train: ImageSource | None
     client_test: ImageSource | None
     classes: Sequence[str]

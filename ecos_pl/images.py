@@ -5,11 +5,13 @@ cheap to pickle into DataLoader workers and holds no image in memory.
 """
 
 import hashlib
+import io
 import os
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -70,31 +72,75 @@ class ImageSource(Protocol):
         """The image at `index` in mode RGB; raises `UnreadableImage`."""
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode an image file into mode RGB, upright, the first frame of several.
+@dataclass(frozen=True)
+class PoolPart:
+    """A run of a pool's images that come from one place, under one licence.
 
-    Transparent pixels are shown on white: pictures with an alpha channel are mostly icons, clip
-    art and scans, drawn dark for a white page, and would vanish on black. Grey levels of 16 bits
-    are divided by 257, so that black and white stay what they are (Pillow's own conversion clips
-    at 255); see `_to_8_bits` for 32-bit integers and floats.
+    Attributes:
+        name: What to call it in the manifest of a proxy set; no path of this machine.
+        licence: Under which terms its images may be used; None where nobody said.
+        start: Its first image's place in the pool.
+        stop: The place after its last image.
+        fingerprint: Of the collection that the images come from.
+        prefix: What the pool puts before the ids that its images have there, as in "web/".
+    """
+
+    name: str
+    licence: str | None
+    start: int
+    stop: int
+    fingerprint: str
+    prefix: str = ""
+
+
+class PoolSource(ImageSource, Protocol):
+    """A public collection: it also says what it is made of."""
+
+    @property
+    def parts(self) -> Sequence[PoolPart]:
+        """Where its images come from: in order, from the first image to the last, no gaps."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode an image file into mode RGB, upright, the first frame of several: `upright_rgb`.
 
     Raises:
         UnreadableImage: the file is missing, empty, truncated, no image, or so large
             (`PIL.Image.MAX_IMAGE_PIXELS`, doubled) that it could be a decompression bomb.
     """
+    return _decode(path, str(path), is_empty=lambda: _is_empty(path))
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """As `read_image`, for the bytes of a file; `name` is what error messages call it."""
+    return _decode(io.BytesIO(content), name, is_empty=lambda: not content)
+
+
+def _decode(file: Path | io.BytesIO, name: str, is_empty: Callable[[], bool]) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            image.load()
-            if 0 in image.size:
-                raise ValueError("it has no pixels")
-            turn = _UPRIGHT.get(_orientation(image))
-            rgb = _to_rgb(image)
-            return rgb if turn is None else rgb.transpose(turn)
+        with Image.open(file) as image:
+            return upright_rgb(image)
     except MemoryError:  # says something about this machine, not about the file
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-        reason = "the file is empty" if _is_empty(path) else _reason(error)
-        raise UnreadableImage(f"cannot read image {str(path)!r}: {reason}") from error
+        reason = "the file is empty" if is_empty() else _reason(error)
+        raise UnreadableImage(f"cannot read image {name!r}: {reason}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any picture of Pillow's in mode RGB, upright, the first frame of several.
+
+    Transparent pixels are shown on white: pictures with an alpha channel are mostly icons, clip
+    art and scans, drawn dark for a white page, and would vanish on black. Grey levels of 16 bits
+    are divided by 257, so that black and white stay what they are (Pillow's own conversion clips
+    at 255); see `_to_8_bits` for 32-bit integers and floats.
+    """
+    image.load()
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    turn = _UPRIGHT.get(_orientation(image))
+    rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def to_tensor(image: Image.Image, image_size: int) -> Tensor:
@@ -160,6 +206,7 @@ class FolderSource:
         labels: name of each image's parent folder; None for images directly in `root`.
         domains: name of the folder above that; None where it would be `root`.
         fingerprint: see `scan_folder`.
+        licence: under which terms the images may be used, where known.
     """
 
     root: Path
@@ -167,11 +214,17 @@ class FolderSource:
     labels: Sequence[str | None]
     domains: Sequence[str | None]
     fingerprint: str
+    licence: str | None = None
 
     @property
     def name(self) -> str:
         """The folder's path."""
         return str(self.root)
+
+    @property
+    def parts(self) -> Sequence[PoolPart]:
+        """The folder, under its own name."""
+        return [PoolPart(self.root.name, self.licence, 0, len(self), self.fingerprint)]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -196,51 +249,147 @@ def scan_folder(root: Path) -> FolderSource:
     Raises:
         ValueError: no such folder, no image in it, or a name that is not UTF-8.
     """
+    root = existing_folder(root)
+    digest = hashlib.sha256()
+    ids: list[str] = []
+    labels: list[str | None] = []
+    domains: list[str | None] = []
+    for prefix, files in _walk(str(root), "", frozenset()):
+        digest.update(facts_of_files(prefix, files))
+        label, domain = class_and_domain(prefix)
+        ids += [prefix + file.name for file in files]
+        labels += [label] * len(files)
+        domains += [domain] * len(files)
+    if not ids:
+        raise no_images(root)
+    return FolderSource(root, ids, labels, domains, digest.hexdigest())
+
+
+class ImageFile(NamedTuple):
+    """An image file in a folder: its name, bytes, and modification time in nanoseconds."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class FolderEntries:
+    """What directly lies in a folder, as far as pools go.
+
+    Attributes:
+        identity: Tells the folder from every other one on this machine, however it is reached.
+        mtime_ns: When an entry last came, went or changed its name.
+        files: The images.
+        folders: Names of the folders to go on with.
+        has_dead_links: A link leads nowhere: it may come alive while `mtime_ns` stays.
+    """
+
+    identity: tuple[int, int]
+    mtime_ns: int
+    files: list[ImageFile]
+    folders: list[str]
+    has_dead_links: bool
+
+    def in_order(self) -> Iterator[list[ImageFile] | str]:
+        """Runs of files, and folders' names, such that going down at a folder sorts all paths.
+
+        A folder stands where its name with the slash does: `a.png` < `a/x.png` < `a0.png`.
+        """
+        files, start = sorted(self.files), 0
+        for name in sorted(self.folders, key=lambda name: f"{name}/"):
+            end = bisect_left(files, (f"{name}/",))
+            if end > start:
+                yield files[start:end]
+            yield name
+            start = end
+        if start < len(files):
+            yield files[start:]
+
+
+def list_folder(folder: str) -> FolderEntries:
+    """The images and folders directly in a folder; hidden ones are left out.
+
+    Raises:
+        ValueError: It cannot be listed.
+    """
+    files: list[ImageFile] = []
+    folders: list[str] = []
+    has_dead_links = False
+    try:
+        here = os.stat(folder)  # before its entries: a change in between shows at the next look
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_dead_link(entry):
+                    has_dead_links = True
+                elif entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.name.lower().endswith(IMAGE_EXTENSIONS) and entry.is_file():
+                    stat = entry.stat()
+                    files.append(ImageFile(entry.name, stat.st_size, stat.st_mtime_ns))
+    except OSError as error:
+        raise ValueError(f"cannot list {error.filename or folder!r}: {error.strerror}") from error
+    return FolderEntries(
+        (here.st_dev, here.st_ino), here.st_mtime_ns, files, folders, has_dead_links
+    )
+
+
+def existing_folder(root: Path) -> Path:
+    """The absolute path of a folder of images, or a ValueError that says what is wrong with it."""
     root = Path(os.path.abspath(root))
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"image folder {str(root)!r} {what}: give a folder with images in it")
-    found = sorted(_walk(str(root), "", frozenset()))
-    if not found:
-        known = " ".join(IMAGE_EXTENSIONS)
-        raise ValueError(f"no images below {str(root)!r}: looked for files ending in {known}")
-    digest = hashlib.sha256()
-    labels: list[str | None] = []
-    domains: list[str | None] = []
-    for relative, size, mtime_ns in found:
-        try:
-            digest.update(f"{relative}\0{size}\0{mtime_ns}\n".encode())
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"file name {relative!r} below {str(root)!r} is not UTF-8: rename it"
-            ) from error
-        folders = relative.split("/")[-3:-1]
-        labels.append(folders[-1] if folders else None)
-        domains.append(folders[0] if len(folders) == 2 else None)
-    ids = [relative for relative, _, _ in found]
-    return FolderSource(root, ids, labels, domains, digest.hexdigest())
+    return root
+
+
+def no_images(root: Path) -> ValueError:
+    """What to raise about a folder without images."""
+    known = " ".join(IMAGE_EXTENSIONS)
+    return ValueError(f"no images below {str(root)!r}: looked for files ending in {known}")
+
+
+def facts_of_files(prefix: str, files: Sequence[ImageFile]) -> bytes:
+    """What a pool's fingerprint takes up of files in one folder, in the order of the paths."""
+    try:
+        return "".join(f"{prefix}{name}\0{size}\0{time}\n" for name, size, time in files).encode()
+    except UnicodeEncodeError as error:
+        name = next(prefix + file.name for file in files if not _is_utf_8(prefix + file.name))
+        raise ValueError(f"file name {name!r} is not UTF-8: rename it") from error
+
+
+def _is_utf_8(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def class_and_domain(prefix: str) -> tuple[str | None, str | None]:
+    """Names of a folder and of the one above, where there are any.
+
+    >>> class_and_domain("photo/cat/"), class_and_domain("cat/"), class_and_domain("")
+    (('cat', 'photo'), ('cat', None), (None, None))
+    """
+    folders = prefix.split("/")[-3:-1]
+    return folders[-1] if folders else None, folders[0] if len(folders) == 2 else None
 
 
 def _walk(
     folder: str, prefix: str, above: frozenset[tuple[int, int]]
-) -> Iterator[tuple[str, int, int]]:
-    """Yield (relative path, bytes, modification time in ns) of the images below `folder`."""
-    try:
-        here = os.stat(folder)
-        identity = (here.st_dev, here.st_ino)
-        if identity in above:  # a link back up
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or _is_dead_link(entry):
-                    continue
-                if entry.is_dir():
-                    yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {identity})
-                elif entry.name.lower().endswith(IMAGE_EXTENSIONS) and entry.is_file():
-                    stat = entry.stat()
-                    yield prefix + entry.name, stat.st_size, stat.st_mtime_ns
-    except OSError as error:
-        raise ValueError(f"cannot list {error.filename or folder!r}: {error.strerror}") from error
+) -> Iterator[tuple[str, list[ImageFile]]]:
+    """Yield runs of images below `folder`, each with its folder's path, in the paths' order."""
+    here = list_folder(folder)
+    if here.identity in above:  # a link back up
+        return
+    for entry in here.in_order():
+        if isinstance(entry, str):
+            below = f"{prefix}{entry}/"
+            yield from _walk(os.path.join(folder, entry), below, above | {here.identity})
+        else:
+            yield prefix, entry
 
 
 def _is_dead_link(entry: os.DirEntry[str]) -> bool:

@@ -13,7 +13,16 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from ecos_pl.images import UnreadableImage, read_image, scan_folder, to_tensor
+from ecos_pl.images import (
+    PoolPart,
+    UnreadableImage,
+    decode_image,
+    list_folder,
+    read_image,
+    scan_folder,
+    to_tensor,
+    upright_rgb,
+)
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 RGB = np.stack([RAMP, 255 - RAMP, RAMP.T], axis=-1)
@@ -210,6 +219,24 @@ def test_any_cut_of_a_file_is_read_or_refused(tmp_path: Path) -> None:
                 assert read_image(path).size == (16, 16)
 
 
+def test_bytes_are_decoded_as_files_are(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.fromarray(np.dstack([RGB, ALPHA])).save(path)
+    content = path.read_bytes()
+    assert (np.asarray(decode_image(content, "x")) == read_array(path)).all()
+    with Image.open(path) as image:
+        assert (np.asarray(upright_rgb(image)) == read_array(path)).all()
+    for damaged, reason in (
+        (b"", "empty"),
+        (content[: len(content) // 2], "cannot read"),
+        (b"text", "not an"),
+    ):
+        with pytest.raises(UnreadableImage, match=reason) as caught:
+            decode_image(damaged, "0.tar/x.png")
+        assert "'0.tar/x.png'" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
 # --- tensors ---
 
 
@@ -266,6 +293,21 @@ def test_scan_finds_classes_and_domains(tmp_path: Path) -> None:
     ]
     assert len(source) == len(set(source.ids)) == 6
     assert source.name == str(tmp_path)
+
+
+def test_a_folder_stands_among_files_where_its_paths_sort(tmp_path: Path) -> None:
+    make_images(tmp_path, "a.png", "a/x.png", "a0.png", "b.png", "b.png.png", "c/x.png", "a-/x.png")
+    entries = list_folder(str(tmp_path))
+    names = [[e.name for e in run] if isinstance(run, list) else run for run in entries.in_order()]
+    assert names == ["a-", ["a.png"], "a", ["a0.png", "b.png", "b.png.png"], "c"]
+    assert not entries.has_dead_links
+    assert scan_folder(tmp_path).ids == sorted(scan_folder(tmp_path).ids)
+
+
+def test_a_folder_is_one_part(tmp_path: Path) -> None:
+    make_images(tmp_path / "pool", "a/x.png", "a/y.png")
+    source = scan_folder(tmp_path / "pool")
+    assert source.parts == [PoolPart("pool", None, 0, 2, source.fingerprint)]
 
 
 def test_scan_follows_links_but_not_in_circles(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ecos_pl.proxy_set import ProxySet
+from ecos_pl.images import PoolPart
+from ecos_pl.proxy_set import ProxySet, licence_summary, pool_names, pools_of
 
 AWKWARD = ["a,b.png", 'say "hi"', "line\nbreak", "re\rturn", "both\r\n", "ünï/🦆\u2028", " ", ""]
 
@@ -38,6 +40,7 @@ def assert_same(found, expected):
     assert found.label_source == expected.label_source
     assert found.provenance == expected.provenance
     assert found.labels == expected.labels
+    assert found.pools == (list(expected.pools) if expected.pools else None)
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
@@ -68,7 +71,7 @@ def test_round_trip(tmp_path, data, ids):
 
 
 def test_awkward_names_survive(tmp_path):
-    expected = proxy_set(len(AWKWARD), len(AWKWARD), ids=AWKWARD, classes=AWKWARD)
+    expected = proxy_set(len(AWKWARD), len(AWKWARD), ids=AWKWARD, classes=AWKWARD, pools=AWKWARD)
     expected.save(tmp_path)
     assert_same(ProxySet.load(tmp_path), expected)
 
@@ -98,10 +101,11 @@ def test_the_file_is_what_a_spreadsheet_expects(tmp_path):
     proxy_set(2, 2, weights=torch.tensor([0.5, 1]), clusters=torch.tensor([4, 9])).save(tmp_path)
     with (tmp_path / "proxy_set.csv").open(newline="") as file:
         header, first, second = csv.reader(file)
-    assert header == ["id", "cluster", "label", "weight", "p(class 0)", "p(class 1)"]
+    assert header == ["id", "cluster", "label", "weight", "pool", "p(class 0)", "p(class 1)"]
     assert first[:2] == ["domain/class/0.png", "4"]
     assert float(first[3]) == 0.5
-    assert math.isclose(float(second[4]) + float(second[5]), 1, rel_tol=1e-6)
+    assert first[4] == ""
+    assert math.isclose(float(second[5]) + float(second[6]), 1, rel_tol=1e-6)
     about = json.loads((tmp_path / "proxy_set.json").read_text())
     assert about["provenance"]["privacy"] == {"epsilon": 1.98, "delta": 1e-5}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["proxy_set.csv", "proxy_set.json"]
@@ -123,6 +127,7 @@ def test_duplicates_are_refused():
         {"ids": ["a"]},
         {"clusters": torch.arange(4)},
         {"weights": torch.ones(6)},
+        {"pools": ["web"] * 4},
         {"targets": torch.ones(5, 2)},
         {"targets": torch.ones(5)},
         {"classes": ["a"]},
@@ -198,3 +203,56 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         proxy_set(provenance={"epsilon": math.nan}).save(tmp_path)
     assert (tmp_path / "proxy_set.json").read_text() == before
+
+
+# --- where the images come from ---
+
+PARTS = [
+    PoolPart("web", "CC-BY-4.0", 0, 10, "f1", "web/"),
+    PoolPart("own", None, 10, 11, "f2", "own/"),
+    PoolPart("museum", "all rights reserved", 11, 400, "f3", "museum/"),
+    PoolPart("scans", "CC-BY-4.0", 400, 402, "f4", "scans/"),
+]
+
+
+def test_the_manifest_lists_every_pool():
+    chosen = np.array([401, 0, 9, 10, 400, 1])
+    assert pool_names(PARTS, chosen) == ["scans", "web", "web", "own", "scans", "web"]
+    assert pool_names(PARTS, chosen.tolist()) == pool_names(PARTS, chosen)
+    pools = pools_of(PARTS, chosen)
+    assert pools == [
+        {"name": "web", "licence": "CC-BY-4.0", "fingerprint": "f1"}
+        | {"num_images": 10, "num_chosen": 3},
+        {"name": "own", "licence": "unknown", "fingerprint": "f2"}
+        | {"num_images": 1, "num_chosen": 1},
+        {"name": "museum", "licence": "all rights reserved", "fingerprint": "f3"}
+        | {"num_images": 389, "num_chosen": 0},
+        {"name": "scans", "licence": "CC-BY-4.0", "fingerprint": "f4"}
+        | {"num_images": 2, "num_chosen": 2},
+    ]
+    assert licence_summary(pools) == "CC-BY-4.0: 5, unknown: 1"
+    assert licence_summary(pools_of(PARTS, [])) == ""
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
+def test_pool_names_equal_a_plain_search(sizes, data):
+    starts = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
+    parts = [PoolPart(str(k), None, starts[k], starts[k + 1], "") for k in range(len(sizes))]
+    chosen = data.draw(st.lists(st.integers(0, starts[-1] - 1)))
+    expected = [p.name for row in chosen for p in parts if p.start <= row < p.stop]
+    assert pool_names(parts, chosen) == expected
+    assert sum(pool["num_chosen"] for pool in pools_of(parts, chosen)) == len(chosen)
+
+
+def test_pools_survive_and_must_match_the_manifest(tmp_path):
+    chosen = [0, 10, 401]
+    provenance = {"pools": pools_of(PARTS, chosen)}
+    fields = {"pools": pool_names(PARTS, chosen), "provenance": provenance}
+    expected = proxy_set(3, **fields)
+    expected.save(tmp_path)
+    assert_same(ProxySet.load(tmp_path), expected)
+    with pytest.raises(ValueError, match="not those of the manifest"):
+        proxy_set(3, **{**fields, "pools": ["web", "own", "own"]})
+    path = tmp_path / "proxy_set.csv"
+    path.write_bytes(path.read_bytes().replace(b'"own"', b'"web"'))
+    assert "not those of the manifest" in refusal(tmp_path, "proxy_set.csv")

@@ -32,11 +32,13 @@ import make_mixed_digits  # noqa: E402
 from callbacks.figures import BLUE, DARK, DPI, GREEN, ORANGE, new_figure, plain_axes  # noqa: E402
 from datamodules.mixed_digits import mixed_digits  # noqa: E402
 from ecos_pl.accounting import calibrate_noise_multiplier  # noqa: E402
-from ecos_pl.clustering import assign, fit_pca, kmeans  # noqa: E402
 from ecos_pl.coverage import coverage_counts  # noqa: E402
 from ecos_pl.embedding_bank import build_bank  # noqa: E402
 from ecos_pl.encoder import Encoder, EncoderSpec  # noqa: E402
 from ecos_pl.images import to_tensor  # noqa: E402
+from ecos_pl.kmeans import kmeans  # noqa: E402
+from ecos_pl.nearest import assign  # noqa: E402
+from ecos_pl.projection import fit_pca  # noqa: E402
 from ecos_pl.selection import default_num_clusters, select  # noqa: E402
 
 DELTA, SIZE, NUM_DIMS, CLUSTER_SEEDS = 1e-5, 1500, 64, (1, 2, 3)
@@ -71,9 +73,10 @@ class Bench:
             encoder,
             image_size=spec.image_size,
         )
-        self.projection = fit_pca((rows for _, rows in bank.chunks()), NUM_DIMS).rounded()
+        self.projection = fit_pca(bank, NUM_DIMS).rounded()
         chunks = [torch.from_numpy(np.array(rows)) for _, rows in bank.chunks()]
         self.pool = torch.cat([self.projection(rows) for rows in chunks])
+        self.full = bank
         self.labels = np.array(scenario.pool.labels)
         self.relevant = np.array(scenario.pool.domains) == scenario.client_domain
         self._clusters: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -119,6 +122,7 @@ class Bench:
             strategy="ecos",
             noise_std=noise_std,
             generator=torch.Generator(),
+            full_embeddings=self.full,
         ).indices.numpy()
         inside = chosen[self.relevant[chosen]]
         _, found = np.unique(self.labels[inside], return_counts=True)

@@ -11,7 +11,7 @@ Shapes: R clusters, d dimensions, M inducing centroids, B rows of a chunk.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ SIGNALS = tuple(4.0**step for step in range(-3, 10))
 ROUNDING_VARIANCE = 1 / 12
 """Least noise variance of a count: it is a whole number."""
 
+CHUNK_ROWS = 4096
+"""Clusters whose covariances are in memory at once."""
+
 _JITTER = 1e-8
 
 
@@ -36,8 +39,8 @@ class ClientDensity:
     """Estimated client images per pool image, as a function of the place: the posterior mean.
 
     Attributes:
-        points: [M, d] float64, inducing centroids.
-        coefficients: [M] float64, of the kernels around them.
+        points: [M, d], inducing centroids.
+        coefficients: [M], of the kernels around them.
         length_scale: Of the kernel, in units of the embedding.
         signal_variance: Prior variance of the density.
         log_evidence: Log marginal likelihood of the noisy counts under these two.
@@ -50,16 +53,28 @@ class ClientDensity:
     log_evidence: float
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Density [B] float64 at rows [B, d]; around zero, on either side, far from the client."""
-        return matern(torch.cdist(rows.double(), self.points), self.length_scale) @ (
-            self.coefficients
+        """Density [B] at rows [B, d]; around zero, on either side, far from the client.
+
+        In the precision and on the device of ``points``: float64 on the CPU as estimated. Takes
+        ``3 · B · M`` numbers of memory: large tables come in chunks (``densest_rows.densities``).
+        """
+        distances = _distances(rows.to(self.points), self.points)
+        return matern(distances, self.length_scale) @ self.coefficients
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> ClientDensity:
+        """The same density, computed elsewhere or in another precision."""
+        return replace(
+            self,
+            points=self.points.to(device, dtype),
+            coefficients=self.coefficients.to(device, dtype),
         )
 
 
 def matern(distances: Tensor, length_scale: float) -> Tensor:
     """Matérn kernel with ν = 3/2 (Rasmussen and Williams 2006, eq. 4.17), 1 at distance zero."""
     scaled = distances * (math.sqrt(3) / length_scale)
-    return (1 + scaled) * torch.exp(-scaled)
+    decay = torch.exp(-scaled)
+    return scaled.add_(1).mul_(decay)
 
 
 def smooth_counts(
@@ -98,23 +113,29 @@ def smooth_counts(
     if float(sizes.sum()) <= 0:
         raise ValueError("no cluster holds a pool image")
     points = _spread_out(centers, min(len(centers), MAX_INDUCING))
-    distances, inner = torch.cdist(centers, points), torch.cdist(points, points)
+    inner = torch.cdist(points, points)
     noise_variance = max(noise_std**2, ROUNDING_VARIANCE)
     signal = torch.tensor(signals, dtype=torch.float64)
     best: ClientDensity | None = None
     for length in lengths:
         length_scale = length * _typical_spacing(inner)
-        # Features [R, M] whose products are the covariances of the counts at unit signal variance.
         kernel = matern(inner, length_scale)
         kernel.diagonal().add_(_JITTER)
         root = torch.linalg.cholesky(kernel)
-        features = (
-            sizes[:, None]
-            * torch.linalg.solve_triangular(root, matern(distances, length_scale).T, upper=False).T
-        )
-        values, vectors = torch.linalg.eigh(features.T @ features)
+        gram = torch.zeros_like(kernel)
+        seen = torch.zeros(len(points), dtype=torch.float64)
+        for some, many, answer in zip(
+            *(torch.split(table, CHUNK_ROWS) for table in (centers, sizes, counts)), strict=True
+        ):
+            # Features [M, B] whose products are the covariances of the counts at unit signal
+            # variance.
+            between = matern(torch.cdist(points, some), length_scale)
+            features = torch.linalg.solve_triangular(root, between, upper=False).mul_(many)
+            gram.addmm_(features, features.T)
+            seen.addmv_(features, answer)
+        values, vectors = torch.linalg.eigh(gram)
         values = values.clamp_min(0)
-        projected = vectors.T @ (features.T @ counts)  # [M]
+        projected = vectors.T @ seen  # [M]
         # Signal variances at which a count varies by so many noise variances on average.
         variances = signal * (noise_variance * len(counts) / values.sum())  # [S]
         spectrum = variances[:, None] * values + noise_variance  # [S, M]
@@ -146,6 +167,17 @@ def _typical_spacing(distances: Tensor) -> float:
         return 1.0
     nearest = distances.clone().fill_diagonal_(torch.inf).min(dim=1).values
     return max(float(nearest.median()), torch.finfo(torch.float32).eps)
+
+
+def _distances(rows: Tensor, points: Tensor) -> Tensor:
+    """Euclidean distances [B, M] by one matrix product.
+
+    Around the points' mean: in float32 the difference of large squares would drown small distances.
+    """
+    center = points.mean(dim=0)
+    rows, points = rows - center, points - center
+    squares = torch.addmm(points.square().sum(dim=1), rows, points.T, alpha=-2)
+    return squares.add_(rows.square().sum(dim=1, keepdim=True)).clamp_min_(0).sqrt_()
 
 
 def _spread_out(centers: Tensor, number: int) -> Tensor:

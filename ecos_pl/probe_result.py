@@ -21,11 +21,10 @@ class ProbeResult:
 
     Attributes:
         proxy_set: The chosen images with their labels.
-        indices: [n] int64, their places in the pool, in the order of ``proxy_set``.
         unlabeled: [m] int64, pool places of the images of kept clusters that were not chosen.
         noisy_counts: [R] int64, the client's answer; None where it was not asked.
         cluster_sizes: [R] int64, pool images per cluster.
-        selection: Quotas, kept clusters and threshold.
+        selection: Which rows of the pool were chosen, quotas, kept clusters and threshold.
         privacy: ``epsilon, delta, relation, unit, accountant`` of all releases of this probe.
         communication: ``bytes_down, bytes_up, round_trips``.
         seconds: Of each step, when it was done.
@@ -35,7 +34,6 @@ class ProbeResult:
     """
 
     proxy_set: ProxySet
-    indices: Tensor
     unlabeled: Tensor
     noisy_counts: Tensor | None
     cluster_sizes: Tensor
@@ -48,6 +46,11 @@ class ProbeResult:
     from_disk: bool
 
     @property
+    def indices(self) -> Tensor:
+        """Places of the chosen images in the pool, [n] int64 in the order of ``proxy_set``."""
+        return self.selection.indices
+
+    @property
     def statement(self) -> PrivacyStatement:
         """The privacy loss as a sentence."""
         return PrivacyStatement(**self.privacy)
@@ -56,10 +59,9 @@ class ProbeResult:
         """Write everything into a folder: the proxy set, ``probe.st`` and ``probe.json``."""
         self.proxy_set.save(folder)
         tensors = {
-            "indices": self.indices,
             "unlabeled": self.unlabeled,
             "cluster_sizes": self.cluster_sizes,
-            "selected": self.selection.indices,
+            "selected": _compact(self.selection.indices),
             "quotas": self.selection.quotas,
             "kept": self.selection.kept,
         }
@@ -72,6 +74,7 @@ class ProbeResult:
             "seconds": self.seconds,
             "threshold": self.selection.threshold,
             "num_filled_up": self.selection.num_filled_up,
+            "num_duplicates": self.selection.num_duplicates,
             "num_unreadable": self.num_unreadable,
             "fingerprint": self.fingerprint,
         }
@@ -90,16 +93,16 @@ class ProbeResult:
         tensors = load_file(folder / "probe.st")
         return cls(
             proxy_set=ProxySet.load(folder),
-            indices=tensors["indices"],
             unlabeled=tensors["unlabeled"],
             noisy_counts=tensors.get("noisy_counts"),
             cluster_sizes=tensors["cluster_sizes"],
             selection=Selection(
-                tensors["selected"],
+                tensors["selected"].long(),
                 tensors["quotas"],
                 tensors["kept"],
                 about["threshold"],
                 about["num_filled_up"],
+                about["num_duplicates"],
             ),
             privacy=about["privacy"],
             communication=about["communication"],
@@ -108,3 +111,9 @@ class ProbeResult:
             fingerprint=fingerprint,
             from_disk=from_disk,
         )
+
+
+def _compact(places: Tensor) -> Tensor:
+    """In half the bytes, where the pool is small enough for it."""
+    fits = not len(places) or int(places.max()) < 2**31
+    return places.int() if fits else places

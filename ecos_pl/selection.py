@@ -5,23 +5,29 @@ Shapes: N pool rows, R clusters, d embedding dimensions.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ecos_pl.clustering import Rows
-from ecos_pl.count_smoothing import ClientDensity, smooth_counts
+from ecos_pl.count_smoothing import smooth_counts
+from ecos_pl.densest_rows import densest_rows, densities, next_densest
+from ecos_pl.diverse_picks import diverse_picks
+from ecos_pl.near_duplicates import DUPLICATE_DISTANCE, DistinctRows
+from ecos_pl.row_blocks import Rows
 
 STRATEGIES = ("ecos", "random", "all")
 
 CORE_SHARE = 0.75
 """Share of the client's images that the core of its density holds; the rest is spread thinly."""
 
-CHUNK_ROWS = 4096
-"""Rows whose densities are computed at once."""
+COUNTED_ROWS = 2**20
+"""Rows counted, or looked at in the order of the pool, at once."""
+
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Selection:
         threshold: Density from which on a row is relevant, in client images per cluster of
             average size (0 where no count was asked for).
         num_filled_up: Rows taken that are not relevant, to reach the size.
+        num_duplicates: Rows that would have been taken, but are near-duplicates of ones that were.
 
     A row is relevant if it belongs to the densest ones that hold all of the client's images (see
     ``densest_rows``).
@@ -45,6 +52,7 @@ class Selection:
     kept: Tensor
     threshold: float
     num_filled_up: int
+    num_duplicates: int
 
 
 def default_num_clusters(pool_size: int, noise_std: float) -> int:
@@ -61,44 +69,6 @@ def default_num_clusters(pool_size: int, noise_std: float) -> int:
     (100, 6)
     """
     return max(2, min(round(pool_size / 50), round(500 / noise_std), 1000))
-
-
-def densities(density: ClientDensity, embeddings: Rows) -> Tensor:
-    """The client's density [N] at each row of the pool, a chunk at a time."""
-    parts = []
-    for first in range(0, len(embeddings), CHUNK_ROWS):
-        chunk = embeddings[first : first + CHUNK_ROWS]
-        # A copy: a memory map may be read-only, which tensors cannot be.
-        rows = chunk if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
-        parts.append(density(rows))
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
-
-
-def densest_rows(
-    row_densities: Tensor, noisy_counts: Tensor, noise_std: float, *, share: float
-) -> Tensor:
-    """Mark the fewest rows [N] bool that hold a share of the client's images.
-
-    A highest density region (Hyndman 1996). How many images the client has is known but for the
-    noise on R counts, so one standard deviation of their sum, ``noise_std · √R``, is taken off
-    first: the less is certain, the fewer rows are marked; none where the sum drowns.
-
-    Args:
-        row_densities: [N], estimated client images at each row; the negative ones count, too:
-            in the sum they make up for what noise alone put elsewhere.
-        noisy_counts: [R].
-        noise_std: Of the counts, in images.
-        share: Above 0, at most 1.
-    """
-    order = row_densities.argsort(descending=True, stable=True)
-    held = row_densities[order].cumsum(0)
-    marked = torch.zeros(len(order), dtype=torch.bool)
-    total, doubt = float(noisy_counts.sum()), noise_std * math.sqrt(len(noisy_counts))
-    if len(order) and total > doubt:
-        wanted = share * (1 - doubt / total) * float(held[-1])
-        before = held - row_densities[order]
-        marked[order[before.cummax(0).values < wanted]] = True
-    return marked & (row_densities > 0)
 
 
 def water_fill(weights: Tensor, capacities: Tensor, total: int) -> Tensor:
@@ -138,60 +108,9 @@ def water_fill(weights: Tensor, capacities: Tensor, total: int) -> Tensor:
     return quotas
 
 
-def diverse_picks(
-    embeddings: Rows,
-    assignments: Tensor,
-    centroids: Tensor,
-    quotas: Tensor,
-    *,
-    candidates: Tensor | None = None,
-) -> Tensor:
-    """Rows [sum(quotas)] that cover each cluster: the most central one, then farthest first.
-
-    Gonzalez' greedy k-center, in all clusters at once: a round adds one row to every cluster
-    that still has room, and only distances to that newest row are computed.
-
-    Args:
-        embeddings: [N, d], finite.
-        assignments: [N] int64 in [0, R).
-        centroids: [R, d].
-        quotas: [R] int64, none above its cluster's number of candidates.
-        candidates: [N] bool, rows that may be taken; None for all.
-    """
-    quotas = quotas.clone()
-    wanted = quotas[assignments] > 0
-    active = torch.nonzero(wanted if candidates is None else wanted & candidates).flatten()
-    chosen = []
-    closest: Tensor | None = None  # squared distance of each active row to its cluster's picks
-    while len(active):
-        rows = torch.as_tensor(embeddings[active.numpy()]).float()
-        clusters = assignments[active]
-        if closest is None:
-            priority = -(rows - centroids[clusters].float()).square().sum(dim=1)
-        else:
-            priority = closest
-        best = torch.full((len(quotas),), -torch.inf).scatter_reduce(
-            0, clusters, priority, reduce="amax"
-        )
-        tied = torch.nonzero(priority == best[clusters]).flatten()
-        # Of equally far rows the first one.
-        pick = torch.full((len(quotas),), len(active)).scatter_reduce(
-            0, clusters[tied], tied, reduce="amin"
-        )
-        picked = pick[pick < len(active)]
-        chosen.append(active[picked])
-        distances = (rows - rows[pick[clusters]]).square().sum(dim=1)
-        closest = distances if closest is None else closest.minimum(distances)
-        quotas[clusters[picked]] -= 1
-        left = quotas[clusters] > 0
-        left[picked] = False
-        active, closest = active[left], closest[left]
-    return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64)
-
-
 def select(
     noisy_counts: Tensor | None,
-    assignments: Tensor,
+    assignments: Tensor | npt.NDArray[np.integer],
     embeddings: Rows,
     centroids: Tensor,
     *,
@@ -199,6 +118,9 @@ def select(
     strategy: str,
     noise_std: float,
     generator: torch.Generator,
+    full_embeddings: Rows | None = None,
+    duplicate_distance: float = DUPLICATE_DISTANCE,
+    device: torch.device | str = "cpu",
 ) -> Selection:
     """Choose the proxy set.
 
@@ -209,60 +131,153 @@ def select(
     fill up: the size is always reached.
     ``random`` and ``all`` are the baselines; they need no counts.
 
+    Of near-duplicates among the chosen rows the one chosen first stays (for ``all``: the first of
+    the pool), and the next rows take the others' places: larger quotas, then the next densest
+    rows; more of the random order; none for ``all``.
+
+    Takes about 16 bytes of memory a row, up to 24 for ``random``, and chunks.
+
     Args:
         noisy_counts: [R], the client's answer; None for the baselines.
-        assignments: [N] int64, cluster of each row.
-        embeddings: [N, d], for the diversity inside a cluster.
+        assignments: [N] integers, cluster of each row; -1: an unreadable image, never chosen.
+        embeddings: [N, d], for the diversity inside a cluster; NaN rows of unreadable images.
         centroids: [R, d].
-        size: Rows wanted; all rows if the pool holds fewer.
+        size: Rows wanted; all distinct rows if the pool holds fewer.
         strategy: One of ``STRATEGIES``.
         noise_std: Of the counts, in images.
         generator: For ``random``.
+        full_embeddings: [N, D] unit rows of which ``embeddings`` are an orthogonal projection:
+            near-duplicates are told by them. None: by ``embeddings``.
+        duplicate_distance: Images this near or nearer are near-duplicates; 0: none are.
+        device: Where densities and distances are computed.
 
     Raises:
-        ValueError: An unknown strategy, or ``ecos`` without counts.
+        ValueError: An unknown strategy, ``ecos`` without counts, or a negative distance.
     """
-    num_rows, num_clusters = len(assignments), len(centroids)
-    sizes = torch.bincount(assignments, minlength=num_clusters)
-    kept, threshold, num_filled_up = torch.ones(num_clusters, dtype=torch.bool), 0.0, 0
+    assignments = torch.as_tensor(assignments)
+    num_clusters = len(centroids)
+    sizes = _cluster_sizes(assignments, num_clusters)
+    num_rows = int(sizes.sum())
+    distinct = DistinctRows(embeddings, full_embeddings, duplicate_distance, device=device)
+    kept, threshold, relevant = torch.ones(num_clusters, dtype=torch.bool), 0.0, None
     if strategy == "all":
-        indices = torch.arange(num_rows)
+        chosen, num_duplicates = _take(_Listed(_readable(assignments, num_rows)), None, distinct)
     elif strategy == "random":
-        indices = torch.randperm(num_rows, generator=generator)[:size]
+        order = torch.randperm(num_rows, generator=generator).numpy()
+        order = _readable(assignments, num_rows)[order]
+        chosen, num_duplicates = _take(_Listed(order), size, distinct)
     elif strategy == "ecos":
         if noisy_counts is None:
             raise ValueError("the strategy ecos needs the client's noisy counts")
         density = smooth_counts(noisy_counts, centroids, sizes, noise_std)
-        row_densities = densities(density, embeddings)
-        relevant = densest_rows(row_densities, noisy_counts, noise_std, share=1.0)
-        core = densest_rows(row_densities, noisy_counts, noise_std, share=CORE_SHARE)
-        indices = _from_the_core(row_densities, core, assignments, embeddings, centroids, size)
-        num_filled_up = int((~relevant[indices]).sum())
-        num_relevant = torch.bincount(assignments[relevant], minlength=num_clusters)
+        row_densities = densities(density, embeddings, device=device)
+        row_densities[assignments < 0] = -torch.inf
+        relevant, core = densest_rows(
+            row_densities, noisy_counts, noise_std, shares=(1.0, CORE_SHARE)
+        )
+        best = _CoreFirst(row_densities, core, assignments, embeddings, centroids, device)
+        chosen, num_duplicates = _take(best, size, distinct)
+        num_relevant = _cluster_sizes(assignments[relevant], num_clusters)
         kept = (num_relevant > 0) & (2 * num_relevant >= sizes)
         edge = row_densities[relevant].min() if relevant.any() else row_densities.max()
         threshold = float(edge) * num_rows / num_clusters
     else:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
-    indices = indices.sort().values
-    quotas = torch.bincount(assignments[indices], minlength=num_clusters)
-    return Selection(indices, quotas, kept, threshold, num_filled_up)
+    indices = torch.from_numpy(np.sort(chosen))
+    quotas = _cluster_sizes(assignments[indices], num_clusters)
+    num_filled_up = 0 if relevant is None else int((~relevant[indices]).sum())
+    return Selection(indices, quotas, kept, threshold, num_filled_up, num_duplicates)
 
 
-def _from_the_core(
-    row_densities: Tensor,
-    core: Tensor,
-    assignments: Tensor,
-    embeddings: Rows,
-    centroids: Tensor,
-    size: int,
-) -> Tensor:
-    """Rows [size]: diverse ones of the core, then the next densest."""
-    room = torch.bincount(assignments[core], minlength=len(centroids))
-    shares = torch.zeros(len(centroids), dtype=torch.float64)
-    shares.index_add_(0, assignments[core], row_densities[core])
-    quotas = water_fill(shares, room, size)
-    picks = diverse_picks(embeddings, assignments, centroids, quotas, candidates=core)
-    rest = row_densities.index_fill(0, picks, -torch.inf).argsort(descending=True, stable=True)
-    num_missing = min(size, len(rest)) - len(picks)
-    return torch.cat([picks, rest[:num_missing]])
+def _cluster_sizes(assignments: Tensor, num_clusters: int) -> Tensor:
+    """Rows [R] of each cluster, without those of none."""
+    sizes = torch.zeros(num_clusters + 1, dtype=torch.int64)
+    for part in torch.split(assignments, COUNTED_ROWS):
+        sizes += torch.bincount(part + 1, minlength=num_clusters + 1)
+    return sizes[1:]
+
+
+def _readable(assignments: Tensor, num_rows: int) -> Indices:
+    if num_rows == len(assignments):
+        return np.arange(num_rows)
+    return np.flatnonzero(assignments.numpy() >= 0)
+
+
+class _Preference(Protocol):
+    """Rows of the pool from the best to the worst."""
+
+    def more(self, number: int) -> Indices:
+        """About so many further rows; none if there are no more."""
+
+
+class _Listed:
+    """An order of preference that is at hand."""
+
+    def __init__(self, rows: Indices) -> None:
+        self._rows = rows
+
+    def more(self, number: int) -> Indices:
+        given, self._rows = self._rows[:number], self._rows[number:]
+        return given
+
+
+class _CoreFirst:
+    """Diverse rows of the core by ever larger quotas until it is used up; then the next densest."""
+
+    def __init__(
+        self,
+        row_densities: Tensor,
+        core: Tensor,
+        assignments: Tensor,
+        embeddings: Rows,
+        centroids: Tensor,
+        device: torch.device | str,
+    ) -> None:
+        self._densities, self._core = row_densities, core
+        self._table, self._device = (embeddings, assignments, centroids), device
+        self._room = _cluster_sizes(assignments[core], len(centroids))
+        self._shares = torch.zeros(len(centroids), dtype=torch.float64)
+        self._shares.index_add_(0, assignments[core].long(), row_densities[core].double())
+        self._quotas = torch.zeros_like(self._room)
+        self._total = 0
+        self._given = np.empty(0, np.int64)
+
+    def more(self, number: int) -> Indices:
+        while self._total < int(self._room.sum()):
+            self._total = min(self._total + number, int(self._room.sum()))
+            quotas = water_fill(self._shares, self._room, self._total)
+            # A cluster whose quota has not grown has nothing new to give.
+            asked = torch.where(quotas > self._quotas, quotas, 0)
+            picks = diverse_picks(
+                *self._table, asked, candidates=self._core, device=self._device
+            ).numpy()
+            self._quotas = quotas.maximum(self._quotas)
+            rows = picks[~np.isin(picks, self._given)]
+            if len(rows):
+                break
+        else:
+            rows = next_densest(self._densities, number, self._given)
+        self._given = np.concatenate([self._given, rows])
+        return rows
+
+
+def _take(preference: _Preference, size: int | None, distinct: DistinctRows) -> tuple[Indices, int]:
+    """The first distinct rows, ``size`` of them or all; and how many near-duplicates they pass."""
+    taken, num_taken, num_passed = [np.empty(0, np.int64)], 0, 0
+    number = COUNTED_ROWS if size is None else size
+    while size is None or num_taken < size:
+        rows = preference.more(number)
+        if not len(rows):
+            break
+        kept = distinct(rows)
+        if size is not None and num_taken + int(kept.sum()) > size:
+            # What comes after the last row taken was never chosen.
+            end = int(np.searchsorted(kept.cumsum(), size - num_taken)) + 1
+            rows, kept = rows[:end], kept[:end]
+        taken.append(rows[kept])
+        num_taken += int(kept.sum())
+        num_passed += int((~kept).sum())
+        if size is not None:
+            # The more near-duplicates there are, the farther to look at once.
+            number = max(1, (size - num_taken) * (num_taken + num_passed) // max(1, num_taken))
+    return np.concatenate(taken), num_passed

@@ -187,6 +187,28 @@ def test_degenerate_input_gives_finite_densities(counts, centroids, sizes, noise
     assert abs(float(far)) < 1e-6
 
 
+@pytest.mark.parametrize("max_inducing", [1024, 15])
+def test_the_number_of_clusters_in_memory_does_not_matter(monkeypatch, max_inducing):
+    monkeypatch.setattr(count_smoothing, "MAX_INDUCING", max_inducing)
+    counts, centroids, sizes = scene(100)
+    expected = smooth_counts(counts, centroids, sizes, 4.0)
+    monkeypatch.setattr(count_smoothing, "CHUNK_ROWS", 7)
+    found = smooth_counts(counts, centroids, sizes, 4.0)
+    assert found.log_evidence == pytest.approx(expected.log_evidence)
+    assert torch.allclose(found(centroids), expected(centroids), atol=1e-8)
+
+
+def test_single_precision_is_near_enough():
+    """Far from the origin, too."""
+    counts, centroids, sizes = scene(200)
+    centroids = centroids + 30
+    density = smooth_counts(counts, centroids, sizes, 4.0)
+    rows = centroids + 0.3 * torch.randn(200, 3, generator=torch.Generator().manual_seed(2))
+    expected, found = density(rows), density.to("cpu", torch.float32)(rows)
+    assert (expected.dtype, found.dtype) == (torch.float64, torch.float32)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 def test_arguments_are_not_changed_and_the_result_repeats():
     arguments = scene()
     copies = [a.clone() for a in arguments]

@@ -6,15 +6,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ecos_pl import selection
+from ecos_pl import densest_rows, diverse_picks, near_duplicates, selection
 from ecos_pl.count_smoothing import smooth_counts
+from ecos_pl.near_duplicates import DistinctRows
 from ecos_pl.selection import (
     CORE_SHARE,
     STRATEGIES,
     default_num_clusters,
-    densest_rows,
-    densities,
-    diverse_picks,
     select,
     water_fill,
 )
@@ -146,161 +144,6 @@ def test_default_num_clusters_stays_in_bounds(pool_size, noise_std):
     assert number <= default_num_clusters(pool_size + 50, noise_std)
 
 
-# --- densities, densest rows ---------------------------------------------------------------------
-
-
-def test_densities_are_those_of_all_rows_at_once(monkeypatch, tmp_path):
-    assignments, embeddings, centroids = pool()
-    counts = torch.arange(10) * 7
-    density = smooth_counts(counts, centroids, torch.bincount(assignments), 5.0)
-    monkeypatch.setattr(selection, "CHUNK_ROWS", 70)
-    np.save(tmp_path / "rows.npy", embeddings.numpy())
-    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
-    for rows in (embeddings, mapped):
-        assert torch.allclose(densities(density, rows), density(embeddings))
-    assert densities(density, embeddings[:0]).tolist() == []
-
-
-def test_densest_rows_by_hand():
-    held = torch.tensor([2.0, 5.0, -1.0, 4.0, 1.0, 3.0])  # 14 in all
-    counts = torch.tensor([10, 4])
-
-    def marked(share, noise_std=0.0):
-        return torch.nonzero(densest_rows(held, counts, noise_std, share=share)).flatten().tolist()
-
-    assert marked(0.1) == [1]
-    assert marked(0.5) == [1, 3]  # 5 is less than 7
-    assert marked(0.9) == [0, 1, 3, 5]  # 12.6
-    assert marked(1.0) == [0, 1, 3, 5]  # 14: what the row of -1 takes away, the row of 1 gave
-    # The sum of the counts is 14 ± √2 noise_std.
-    assert marked(1.0, 14 / math.sqrt(2) / 2) == [1, 3]  # half of it
-    assert marked(1.0, 14 / math.sqrt(2)) == []
-    assert marked(1.0, 1000.0) == []
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    held=st.lists(st.integers(-3, 9), max_size=9),
-    share=st.floats(0.01, 1),
-    noise_std=st.floats(0, 10),
-)
-def test_densest_rows_are_the_fewest(held, share, noise_std):
-    held, counts = torch.tensor(held, dtype=torch.float64), torch.tensor([3, 9, 2, 6])
-    marked = densest_rows(held, counts, noise_std, share=share)
-    if marked.any() and not marked.all():
-        assert held[marked].min() >= held[~marked].max()
-    assert (held[marked] > 0).all()
-    wanted = share * max(0.0, 1 - noise_std / 10) * float(held.sum())  # 20 images, 4 clusters
-    if wanted <= 0:
-        assert not marked.any()
-    else:
-        assert float(held[marked].sum()) >= wanted - 1e-9
-        assert float(held[marked].sum() - held[marked].min()) < wanted + 1e-9
-
-
-def test_every_image_is_relevant_where_the_client_is_everywhere():
-    marked = densest_rows(torch.ones(1000).double(), torch.tensor([500, 500]), 0.0, share=1.0)
-    assert marked.all()
-
-
-# --- diverse picks -------------------------------------------------------------------------------
-
-
-def greedy(embeddings, members, centroid, quota):
-    """Gonzalez' greedy k-center in one cluster, by plain loops."""
-    rows = embeddings.tolist()
-
-    def distance(i, j):
-        return sum((a - b) ** 2 for a, b in zip(rows[i], j, strict=False))
-
-    picks = [min(members, key=lambda i: (distance(i, centroid), i))][:quota]
-    while len(picks) < quota:
-        rest = [i for i in members if i not in picks]
-        picks.append(max(rest, key=lambda i: (min(distance(i, rows[p]) for p in picks), -i)))
-    return picks
-
-
-def whole_numbers(rows, dims, seed):
-    """Embeddings whose distances are exact in any precision, with many ties."""
-    return torch.randint(-6, 7, (rows, dims), generator=generator(seed)).float()
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 1000), num_clusters=st.integers(1, 5), dims=st.integers(1, 3))
-def test_picks_equal_plain_greedy(seed, num_clusters, dims):
-    embeddings = whole_numbers(40, dims, seed)
-    assignments = torch.randint(num_clusters, (40,), generator=generator(seed + 1))
-    centroids = whole_numbers(num_clusters, dims, seed + 2)
-    sizes = torch.bincount(assignments, minlength=num_clusters)
-    quotas = (sizes * torch.rand(num_clusters, generator=generator(seed + 3)) + 0.5).long()
-    quotas = quotas.minimum(sizes)
-    before = quotas.clone()
-    picks = diverse_picks(embeddings, assignments, centroids, quotas)
-    assert torch.equal(quotas, before)
-    for cluster in range(num_clusters):
-        members = torch.nonzero(assignments == cluster).flatten().tolist()
-        expected = greedy(embeddings, members, centroids[cluster].tolist(), int(quotas[cluster]))
-        assert [i for i in picks.tolist() if assignments[i] == cluster] == expected
-    assert len(picks.unique()) == len(picks) == int(quotas.sum())
-
-
-def test_duplicates_are_taken_last_and_once():
-    embeddings = torch.tensor([[0.0], [0.0], [0.0], [4.0], [4.0], [-1.0]])
-    zeros = torch.zeros(6, dtype=torch.int64)
-    picks = [diverse_picks(embeddings, zeros, torch.zeros(1, 1), torch.tensor([n])) for n in (3, 6)]
-    assert picks[0].tolist() == [0, 3, 5]
-    assert sorted(picks[1].tolist()) == [0, 1, 2, 3, 4, 5]
-
-
-def test_of_very_many_equal_rows_the_first_is_taken():
-    """Blank images: with several threads, the last to write would win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        zeros = torch.zeros(300_000, dtype=torch.int64)
-        rows = torch.zeros(300_000, 1)
-        for _ in range(5):
-            picks = diverse_picks(rows, zeros, torch.zeros(1, 1), torch.tensor([2]))
-            assert picks.tolist() == [0, 1]
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_only_candidates_are_picked():
-    embeddings = table(60, 2)
-    assignments = torch.arange(60) % 3
-    candidates = torch.rand(60, generator=generator()) < 0.5
-    quotas = torch.bincount(assignments[candidates], minlength=3) // 2
-    arguments = (torch.zeros(3, 2), quotas)
-    picks = diverse_picks(embeddings, assignments, *arguments, candidates=candidates)
-    rows = torch.nonzero(candidates).flatten()
-    expected = rows[diverse_picks(embeddings[rows], assignments[rows], *arguments)]
-    assert torch.equal(picks, expected)
-
-
-def test_picks_from_a_memory_map(tmp_path):
-    embeddings, zeros = table(50, 3), torch.zeros(50, dtype=torch.int64)
-    np.save(tmp_path / "rows.npy", embeddings.numpy())
-    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
-    arguments = (zeros, torch.zeros(1, 3), torch.tensor([9]))
-    expected = diverse_picks(embeddings, *arguments)
-    assert torch.equal(diverse_picks(mapped, *arguments), expected)
-
-
-def test_no_quota_no_picks():
-    picks = diverse_picks(table(5, 2), torch.zeros(5).long(), torch.zeros(1, 2), torch.tensor([0]))
-    assert picks.tolist() == []
-    assert picks.dtype == torch.int64
-
-
-def test_picks_spread_more_than_random_ones():
-    embeddings, zeros = table(500, 2), torch.zeros(500, dtype=torch.int64)
-    picks = diverse_picks(embeddings, zeros, torch.zeros(1, 2), torch.tensor([20]))
-    radius = torch.cdist(embeddings, embeddings[picks]).min(1).values.max()
-    random_radius = torch.cdist(embeddings, embeddings[:20]).min(1).values.max()
-    assert radius < 0.7 * random_radius
-
-
 # --- select --------------------------------------------------------------------------------------
 
 
@@ -311,16 +154,22 @@ def pool(num_rows=300, num_clusters=10, seed=0):
 
 
 def chosen(counts, assignments, embeddings, centroids, **changes):
-    options = {"size": 60, "strategy": "ecos", "noise_std": 5.0, "generator": generator()}
+    """Without a look at near-duplicates unless a distance is given."""
+    options = {
+        "size": 60,
+        "strategy": "ecos",
+        "noise_std": 5.0,
+        "generator": generator(),
+        "duplicate_distance": 0.0,
+    }
     return select(counts, assignments, embeddings, centroids, **{**options, **changes})
 
 
 def steps(counts, assignments, embeddings, centroids, noise_std=5.0):
     """Densities of the rows, relevant rows and core, as `select` should see them."""
     sizes = torch.bincount(assignments, minlength=len(centroids))
-    held = smooth_counts(counts, centroids, sizes, noise_std)(embeddings)
-    relevant = densest_rows(held, counts, noise_std, share=1.0)
-    return held, relevant, densest_rows(held, counts, noise_std, share=CORE_SHARE)
+    held = densest_rows.densities(smooth_counts(counts, centroids, sizes, noise_std), embeddings)
+    return held, *densest_rows.densest_rows(held, counts, noise_std, shares=(1.0, CORE_SHARE))
 
 
 def test_quotas_are_proportional_to_the_density_of_the_core():
@@ -329,10 +178,10 @@ def test_quotas_are_proportional_to_the_density_of_the_core():
     found = chosen(counts, *arguments, noise_std=1.0)
     held, _, core = steps(counts, *arguments, noise_std=1.0)
     assert core[found.indices].all()
-    shares = torch.zeros(10).double().index_add(0, arguments[0][core], held[core])
+    shares = torch.zeros(10).index_add(0, arguments[0][core], held[core])
     assert (found.quotas - 60 * shares / shares.sum()).abs().max() < 1
     assert set(torch.nonzero(found.quotas).flatten().tolist()) == {0, 1, 5}
-    expected = diverse_picks(
+    expected = diverse_picks.diverse_picks(
         arguments[1], arguments[0], arguments[2], found.quotas, candidates=core
     )
     assert found.indices.tolist() == sorted(expected.tolist())
@@ -468,8 +317,246 @@ def test_arguments_are_not_changed():
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=False))
 
 
+# --- against the same method written plainly ------------------------------------------------------
+
+
+def plain_picks(embeddings, assignments, centroids, quotas, candidates):
+    """Gonzalez' greedy k-center in all clusters at once, reading all rows in every round."""
+    quotas, chosen, closest = quotas.clone(), [], None
+    active = torch.nonzero((quotas[assignments] > 0) & candidates).flatten()
+    while len(active):
+        rows, clusters = embeddings[active].float(), assignments[active]
+        priority = -(rows - centroids[clusters]).square().sum(1) if closest is None else closest
+        best = torch.full((len(quotas),), -torch.inf)
+        best = best.scatter_reduce(0, clusters, priority, "amax")
+        tied = torch.nonzero(priority == best[clusters]).flatten()
+        pick = torch.full((len(quotas),), len(active))
+        pick = pick.scatter_reduce(0, clusters[tied], tied, "amin")
+        picked = pick[pick < len(active)]
+        chosen.append(active[picked])
+        distances = (rows - rows[pick[clusters]]).square().sum(1)
+        closest = distances if closest is None else closest.minimum(distances)
+        quotas[clusters[picked]] -= 1
+        left = quotas[clusters] > 0
+        left[picked] = False
+        active, closest = active[left], closest[left]
+    return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64)
+
+
+def plain_choice(counts, assignments, embeddings, centroids, size, noise_std):
+    """Rows chosen in float64 with all densities sorted, and the number outside the region."""
+    sizes = torch.bincount(assignments, minlength=len(centroids))
+    held = smooth_counts(counts, centroids, sizes, noise_std)(embeddings.double())
+    order = held.argsort(descending=True, stable=True)
+    sums = held[order].cumsum(0)
+    total, doubt = float(counts.sum()), noise_std * math.sqrt(len(counts))
+    regions = []
+    for share in (1.0, CORE_SHARE):
+        marked = torch.zeros(len(held), dtype=torch.bool)
+        if total > doubt:
+            before = (sums - held[order]).cummax(0).values
+            marked[order[before < share * (1 - doubt / total) * float(sums[-1])]] = True
+        regions.append(marked & (held > 0))
+    relevant, core = regions
+    room = torch.bincount(assignments[core], minlength=len(centroids))
+    shares = torch.zeros(len(centroids)).double().index_add(0, assignments[core], held[core])
+    quotas = water_fill(shares, room, size)
+    picks = plain_picks(embeddings, assignments, centroids, quotas, core)
+    rest = held.index_fill(0, picks, -torch.inf).argsort(descending=True, stable=True)
+    indices = torch.cat([picks, rest[: min(size, len(rest)) - len(picks)]]).sort().values
+    return indices, int((~relevant[indices]).sum())
+
+
+def scattered(num_rows, num_clusters, dims, seed):
+    """Rows assigned to their nearest centroid; the client is on one side."""
+    g = generator(seed)
+    centroids = 2 * torch.randn(num_clusters, dims, generator=g)
+    rows = centroids[torch.randint(num_clusters, (num_rows,), generator=g)]
+    rows = (rows + torch.randn(num_rows, dims, generator=g)).half()
+    noise = 3 * torch.randn(num_clusters, generator=g)
+    counts = (torch.where(centroids[:, 0] > 1, 30.0, 0.0) + noise).round().long()
+    return counts, torch.cdist(rows.float(), centroids).argmin(1), rows, centroids
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    num_rows=st.sampled_from([60, 300, 1500]),
+    num_clusters=st.sampled_from([2, 10, 40]),
+    dims=st.sampled_from([2, 16]),
+    share=st.sampled_from([0.01, 0.1, 0.3, 0.7, 1.1]),
+    small=st.booleans(),
+)
+def test_the_choice_equals_the_plain_method(seed, num_rows, num_clusters, dims, share, small):
+    counts, assignments, rows, centroids = scattered(num_rows, num_clusters, dims, seed)
+    size = int(share * num_rows)
+    expected, num_outside = plain_choice(counts, assignments, rows, centroids, size, 3.0)
+    with pytest.MonkeyPatch.context() as patch:
+        if small:
+            patch.setattr(diverse_picks, "HELD_VALUES", 30 * dims)
+            patch.setattr(diverse_picks, "GROUP_VALUES", 10 * dims)
+            patch.setattr(densest_rows, "READ_ROWS", 77)
+            patch.setattr(selection, "COUNTED_ROWS", 50)
+        found = chosen(counts, assignments, rows, centroids, size=size, noise_std=3.0)
+    assert found.indices.tolist() == expected.tolist()
+    assert found.num_filled_up == num_outside
+
+
+# --- unreadable images, containers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("distance", [0.0, 0.8])
+def test_unreadable_rows_are_as_if_they_were_not_there(strategy, distance):
+    counts, assignments, rows, centroids = scattered(400, 12, 4, 1)
+    options = {"strategy": strategy, "size": 90, "duplicate_distance": distance}
+    expected = chosen(counts, assignments, rows, centroids, **options)
+    places = torch.randperm(500, generator=generator())[:400].sort().values
+    wide = torch.full((500, 4), torch.nan).half().index_copy(0, places, rows)
+    owners = torch.full((500,), -1).index_copy(0, places, assignments)
+    found = chosen(counts, owners, wide, centroids, **options)
+    assert found.indices.tolist() == places[expected.indices].tolist()
+    assert torch.equal(found.quotas, expected.quotas)
+    assert torch.equal(found.kept, expected.kept)
+    assert found.threshold == pytest.approx(expected.threshold, rel=1e-4)
+    assert found.num_duplicates == expected.num_duplicates
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_any_container_and_integer(strategy, tmp_path):
+    counts, assignments, rows, centroids = scattered(300, 10, 4, 2)
+    options = {"strategy": strategy, "duplicate_distance": 0.8}
+    expected = chosen(counts, assignments, rows, centroids, **options)
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    for owners in (assignments.numpy().astype(np.int32), assignments.int(), assignments.numpy()):
+        for table in (rows.numpy(), mapped, rows):
+            found = chosen(counts, owners, table, centroids, full_embeddings=table, **options)
+            assert found.indices.tolist() == expected.indices.tolist()
+            assert torch.equal(found.quotas, expected.quotas)
+
+
+def test_a_cluster_with_no_readable_image_gets_nothing():
+    counts, assignments, rows, centroids = scattered(300, 10, 4, 3)
+    best = int(counts.argmax())
+    gone = assignments == best
+    rows[gone], assignments[gone] = torch.nan, -1
+    found = chosen(counts, assignments, rows, centroids, size=300)
+    assert len(found.indices) == 300 - int(gone.sum())
+    assert found.quotas[best] == 0
+    assert not found.kept[best]
+
+
+# --- near-duplicates ------------------------------------------------------------------------------
+
+
+def with_copies(seed=0, num_rows=400, copies=3):
+    """Each row several times over, with a tremor; unit rows of 8 dimensions and of 4."""
+    g = generator(seed)
+    full = torch.nn.functional.normalize(torch.randn(num_rows, 8, generator=g), dim=1)
+    full = full.repeat(copies, 1) + 0.003 * torch.randn(copies * num_rows, 8, generator=g)
+    full = torch.nn.functional.normalize(full, dim=1)[
+        torch.randperm(copies * num_rows, generator=g)
+    ]
+    rows = (full @ torch.linalg.qr(torch.randn(8, 4, generator=g)).Q).half()
+    centroids = rows[:20].float()
+    assignments = torch.cdist(rows.float(), centroids).argmin(1)
+    counts = torch.where(centroids[:, 0] > 0, 40, 0)
+    return counts, assignments, rows, centroids, full.half()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("size", [30, 200, 380, 1000])
+def test_no_near_duplicates_are_left_and_the_size_is_reached(strategy, size):
+    *arguments, full = with_copies()
+    options = {"size": size, "strategy": strategy, "noise_std": 1.0}
+    plain = chosen(*arguments, **options)
+    found = chosen(*arguments, **options, full_embeddings=full, duplicate_distance=0.05)
+    apart = torch.cdist(full[found.indices].double(), full[found.indices].double())
+    assert len(found.indices) < 2 or apart.fill_diagonal_(9).min() > 0.05
+    num_distinct = 400 if strategy == "all" else min(size, 400)
+    assert len(found.indices) == num_distinct
+    assert found.indices.tolist() == sorted(set(found.indices.tolist()))
+    assert int(found.quotas.sum()) == num_distinct
+    assert plain.num_duplicates == 0
+    if strategy == "all" or size == 1000:
+        assert found.num_duplicates == 800
+    elif size == 200:
+        assert 0 < found.num_duplicates < 800
+
+
+def test_diverse_rows_take_the_places_of_near_duplicates():
+    """While the core has distinct rows, nothing but the core is chosen."""
+    *arguments, full = with_copies()
+    options = {"full_embeddings": full, "duplicate_distance": 0.05, "noise_std": 1.0}
+    _, _, core = steps(*arguments, noise_std=1.0)
+    members = torch.nonzero(core).flatten().numpy()
+    num_distinct = int(DistinctRows(full, None, 0.05)(members).sum())
+    assert num_distinct < len(members)
+    for size in (num_distinct // 2, num_distinct, num_distinct + 5):
+        found = chosen(*arguments, size=size, **options)
+        assert len(found.indices) == size
+        assert int(core[found.indices].sum()) == min(size, num_distinct)
+
+
+def test_a_pool_of_one_image():
+    rows = torch.ones(5000, 4).half() / 2
+    for strategy in STRATEGIES:
+        found = chosen(
+            torch.tensor([30, 0]),
+            torch.arange(5000) % 2,
+            rows,
+            torch.eye(2, 4),
+            strategy=strategy,
+            duplicate_distance=0.01,
+        )
+        assert len(found.indices) == 1
+        assert found.num_duplicates == 4999
+
+
+def test_distance_zero_removes_nothing():
+    *arguments, full = with_copies()
+    found = chosen(*arguments, full_embeddings=full, duplicate_distance=0.0, strategy="all")
+    assert len(found.indices) == 1200
+    assert found.num_duplicates == 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_removal_does_not_depend_on_the_sizes_of_blocks(strategy, monkeypatch):
+    *arguments, full = with_copies()
+    options = {"full_embeddings": full, "duplicate_distance": 0.05, "strategy": strategy}
+    expected = chosen(*arguments, size=150, **options)
+    monkeypatch.setattr(near_duplicates, "BLOCK_ROWS", 37)
+    monkeypatch.setattr(near_duplicates, "KEPT_ROWS", 23)
+    monkeypatch.setattr(selection, "COUNTED_ROWS", 100)
+    monkeypatch.setattr(diverse_picks, "HELD_VALUES", 200)
+    found = chosen(*arguments, size=150, **options)
+    assert found.indices.tolist() == expected.indices.tolist()
+    assert found.num_duplicates == expected.num_duplicates
+
+
+def test_random_goes_on_in_its_own_order():
+    *arguments, full = with_copies()
+    found = chosen(
+        *arguments, size=300, strategy="random", full_embeddings=full, duplicate_distance=0.05
+    )
+    order = torch.randperm(1200, generator=generator())
+    kept, passed = [], 0
+    for row in order.tolist():
+        if len(kept) == 300:
+            break
+        if kept and (full[kept].double() - full[row].double()).norm(dim=1).min() <= 0.05:
+            passed += 1
+        else:
+            kept.append(row)
+    assert found.indices.tolist() == sorted(kept)
+    assert found.num_duplicates == passed
+
+
 def test_mistakes_are_refused():
     with pytest.raises(ValueError, match="one of ecos, random, all, not 'best'"):
         chosen(None, *pool(), strategy="best")
     with pytest.raises(ValueError, match="ecos needs the client's noisy counts"):
         chosen(None, *pool())
+    with pytest.raises(ValueError, match="duplicate_distance must not be negative"):
+        chosen(None, *pool(), strategy="random", duplicate_distance=-1.0)

@@ -48,6 +48,7 @@ def _scalars(found: Probed) -> dict[str, float]:
         "probe/kept_clusters": int(selection.kept.sum()),
         "probe/threshold": selection.threshold,
         "probe/num_filled_up": selection.num_filled_up,
+        "probe/num_duplicates": selection.num_duplicates,
         "probe/num_unreadable": result.num_unreadable,
         "probe/epsilon": result.privacy["epsilon"],
         "probe/delta": result.privacy["delta"],

@@ -34,6 +34,7 @@ from ecos_pl.messages import (
     query_id_of,
     read_query,
 )
+from ecos_pl.privacy import load_sampler
 from ecos_pl.private_images import PrivateImages
 from ecos_pl.prototypes import GRID
 from ecos_pl.storage import read_json, write_json
@@ -162,6 +163,7 @@ class Client:
 
     def give(self, request: Request, requester: str = "") -> bytes:
         """Charge a request that was read, and return its answer (LedgerError)."""
+        load_sampler()
         return self.ledger.answer(
             request.query_id,
             request.sha256,

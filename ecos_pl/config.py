@@ -89,7 +89,17 @@ class FolderOptions(Part):
     """Your own images, in folders."""
 
     name: str = "folder"
-    pool: str = option(REQUIRED, "folder of the public pool's images")
+    pool: str = option(
+        REQUIRED,
+        "the public pool: a folder of images; tar shards, as in shards/{000..199}.tar; "
+        "torchvision:NAME; hf:FOLDER; or a .yaml file that lists several of them",
+    )
+    licence: str | None = option(None, "the pool's licence, kept in the manifest, as in CC-BY-4.0")
+    embeddings: str | None = option(
+        None,
+        "embeddings of the pool made elsewhere by the same encoder: a file or folder of .npy, "
+        ".npz, .safetensors or .parquet with ids; null: the encoder runs here",
+    )
     client: str | None = option(
         None, "folder of the client's images, for a simulation; none with client=mailbox"
     )
@@ -135,7 +145,9 @@ class EncoderOptions:
     name: str = option("tf_efficientnet_lite0", "a timm model")
     weights: str = option("auto", _WEIGHTS)
     image_size: int = option(48, "side of the images it sees, in pixels", minimum=16)
-    batch_size: int = option(256, "images embedded at once, on each device", minimum=1)
+    batch_size: int = option(
+        256, "images embedded at once, on each device; on a CPU always 64", minimum=1
+    )
     num_workers: int | None = option(None, _WORKERS, minimum=0)
 
 
@@ -150,6 +162,7 @@ class ProbeOptions:
     )
     num_dims: int = option(64, "principal components the centroids live in", minimum=1)
     num_iters: int = option(25, "k-means iterations at most", minimum=1)
+    num_restarts: int = option(1, "k-means starts, of which the best counts", minimum=1)
     attempt: int = option(
         0, "another number asks the client anew, at its expense: after a lost answer", minimum=0
     )
@@ -196,6 +209,13 @@ class SelectionOptions:
         choices=("ecos", "random", "all"),
     )
     size: int = option(1500, "images in the proxy set; ignored by all", minimum=1)
+    duplicate_distance: float = option(
+        0.12,
+        "of two chosen images whose embeddings (unit vectors) lie closer than this, one is "
+        "replaced; 0: all stay",
+        minimum=0,
+        maximum=2,
+    )
 
 
 _NUM_DIMS = "dimensions of the space in which the client is asked"
@@ -279,7 +299,9 @@ class SelfLabelingOptions(Part):
     weights: str = option("auto", _WEIGHTS)
     image_size: int = option(48, "side of the training images, in pixels", minimum=16)
     batch_size: int = option(64, "labelled images per step, on each device", minimum=1)
-    learning_rate: float = option(1e-3, "highest learning rate, per step", above=0)
+    learning_rate: float = option(
+        1e-3, "highest learning rate; not scaled with the number of devices", above=0
+    )
     weight_decay: float = option(1e-2, "decoupled weight decay", minimum=0)
     label_smoothing: float = option(
         0.1, "share of the target spread over all classes", minimum=0, below=1
@@ -313,7 +335,7 @@ class SelfLabelingOptions(Part):
 
 @dataclass
 class TrainerOptions:
-    """Passed to lightning.Trainer as they are."""
+    """How it is trained, and on what."""
 
     max_epochs: int = option(6, "passes over the proxy set; -1: no limit", minimum=-1)
     max_steps: int = option(-1, "optimizer steps at most; -1: no limit", minimum=-1)
@@ -325,6 +347,12 @@ class TrainerOptions:
     )
     num_nodes: int = option(1, "machines", minimum=1)
     strategy: str = option("auto", "how devices share the work: auto, ddp, fsdp, …")
+    sync_batchnorm: bool = option(
+        False, "batch statistics over all devices' images instead of each one's own; GPUs only"
+    )
+    timeout_minutes: float | None = option(
+        None, "how long devices wait for each other while training; null: 30", above=0
+    )
     precision: str = option("32-true", "arithmetic of the training steps", choices=_PRECISIONS)
     gradient_clip_val: float | None = option(
         None, "gradient norm above which gradients are scaled down; null: never", minimum=0

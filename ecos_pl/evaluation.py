@@ -18,6 +18,13 @@ def domain_purity(pool: ImageSource, indices: Sequence[int], domain: str | None)
     return sum(pool.domains[index] == domain for index in indices) / len(indices)
 
 
+def domain_share(pool: ImageSource, domain: str | None) -> float | None:
+    """Share of all pool images that belong to a domain: the purity that random sampling gets."""
+    if domain is None or not len(pool):
+        return None
+    return pool.domains.count(domain) / len(pool)
+
+
 def label_accuracy(
     proxy_set: ProxySet, pool: ImageSource, indices: Sequence[int], domain: str | None
 ) -> float | None:

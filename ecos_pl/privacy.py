@@ -220,6 +220,18 @@ def poisson_mask(num_samples: int, sample_rate: float) -> npt.NDArray[np.bool_]:
     return mask
 
 
+def load_sampler() -> Any:
+    """Load the library that draws noise (opendp).
+
+    It takes a second the first time. Whoever answers does it before anything is charged: what is
+    interrupted between the charge and the answer is lost.
+    """
+    import opendp.prelude as dp
+
+    dp.enable_features("contrib")
+    return dp
+
+
 def add_discrete_gaussian(values: npt.NDArray[np.int64], noise_std: float) -> npt.NDArray[np.int64]:
     """Add independent discrete Gaussian noise N_Z(0, noise_std²) to every integer (CKS20).
 
@@ -234,9 +246,7 @@ def add_discrete_gaussian(values: npt.NDArray[np.int64], noise_std: float) -> np
     if values.dtype != np.int64 or ((values <= -(2**62)) | (values >= 2**62)).any():
         raise ValueError("values to be released must be int64, below 2^62 in size")
 
-    import opendp.prelude as dp
-
-    dp.enable_features("contrib")
+    dp = load_sampler()
     measurement: Any = dp.m.make_gaussian(
         dp.vector_domain(dp.atom_domain(T="i64")),  # T=int would mean 32 bits
         dp.l2_distance(T="f64"),

@@ -2,53 +2,44 @@
 
 Every result lies on disk under a fingerprint of what determines it, so a second run, a resumed
 one, ``test`` after ``fit`` and the other ranks read it, and the client is never asked twice.
+Embedding and compressing are shared out over ranks; one of them, the first, asks and chooses.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ecos_pl.accounting import PrivacyStatement, calibrate_noise_multiplier, epsilon_of
 from ecos_pl.answer_checks import check_answer, check_integers, check_noise
-from ecos_pl.clustering import Projection, assign, fit_pca, kmeans
+from ecos_pl.chosen_embeddings import ChosenEmbeddings, ImageEmbedder, embed_chosen
+from ecos_pl.compressed_pool import CompressedPool, compress_pool
 from ecos_pl.coverage import coverage_release
-from ecos_pl.embedding_bank import CHUNK_ROWS, EmbeddingBank, build_bank
-from ecos_pl.encoder import Encoder, EncoderSpec, describe, public_name
-from ecos_pl.images import ImageSource, SomeImages, to_tensor
-from ecos_pl.invariance import random_view
+from ecos_pl.encoder import EncoderSpec, describe, public_name
+from ecos_pl.images import PoolSource
 from ecos_pl.labeling import Labeler, LabelingTask, Labels
 from ecos_pl.mailbox import Mailbox
 from ecos_pl.messages import CoverageAnswer, CoverageQuery, MessageError, query_id_of
+from ecos_pl.near_duplicates import DUPLICATE_DISTANCE
+from ecos_pl.pool_embeddings import PoolEmbeddings, embed_pool, given_facts
 from ecos_pl.privacy import Release
 from ecos_pl.probe_result import ProbeResult
-from ecos_pl.progress import progress_bar
-from ecos_pl.proxy_set import ProxySet
+from ecos_pl.proxy_set import ProxySet, pool_names, pools_of
+from ecos_pl.ranks import ALONE, Ranks
 from ecos_pl.selection import Selection, default_num_clusters, select
-from ecos_pl.storage import (
-    committed_folder,
-    fingerprint_of,
-    read_json,
-    write_bytes,
-    write_json,
-)
+from ecos_pl.storage import committed_folder, fingerprint_of, read_json, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 
-MAX_VIEWED_IMAGES = 1500
-"""Images whose views are embedded at most: enough for covariances of some hundred dimensions."""
-
-_VERSION = 2  # raise when a change below alters what is chosen
+_VERSION = 3  # raise when a change below alters what is chosen
 
 
 @dataclass(frozen=True)
@@ -60,8 +51,10 @@ class ProbePlan:
         num_clusters: R; None for ``default_num_clusters``.
         num_dims: Principal components that the centroids live in.
         num_iters: k-means iterations at most.
+        num_restarts: k-means starts, of which the best counts.
         strategy: See ``selection.select``.
         size: Images in the proxy set.
+        duplicate_distance: Chosen images whose embeddings lie closer are near-duplicates.
         seed: Of everything the cloud draws.
         noise_std: Noise asked for on each count, in images; the client's policy may want more, and
             then refuses.
@@ -75,8 +68,10 @@ class ProbePlan:
     num_clusters: int | None = None
     num_dims: int = 64
     num_iters: int = 25
+    num_restarts: int = 1
     strategy: str = "ecos"
     size: int = 1500
+    duplicate_distance: float = DUPLICATE_DISTANCE
     seed: int = 1
     noise_std: float = 5.0
     sample_rate: float = 1.0
@@ -94,7 +89,8 @@ class Probe:
         labeler: Who labels the chosen images.
         mailbox_for: Gives the way to the client, from the probe's fingerprint.
         client_id: What tells this client from others who could be asked about the same pool.
-        cache_dir: Where results are kept.
+        cache_dir: Where results are kept; on a disk that all ranks see.
+        given_embeddings: Files of embeddings made elsewhere, by name of the pool's part.
         device: Where the encoder and k-means run.
         batch_size: Images embedded at once.
         num_workers: Processes that decode images.
@@ -102,25 +98,28 @@ class Probe:
 
     def __init__(
         self,
-        pool: ImageSource,
+        pool: PoolSource,
         plan: ProbePlan,
         labeler: Labeler,
         mailbox_for: Callable[[str], Mailbox],
         cache_dir: Path,
         *,
         client_id: str,
+        given_embeddings: Mapping[str, Path] | None = None,
         device: torch.device | str = "cpu",
         batch_size: int = 256,
         num_workers: int = 0,
     ) -> None:
         self.pool, self.plan, self.labeler, self.cache_dir = pool, plan, labeler, cache_dir
-        self._device, self._batch_size, self._num_workers = device, batch_size, num_workers
+        self._embedder = ImageEmbedder(cache_dir, batch_size, num_workers, device)
         # k-means sums in float64, which Apple's GPUs lack.
         self._cluster_device = "cpu" if torch.device(device).type == "mps" else device
+        self._given = dict(given_embeddings or {})
         self._encoder_fingerprint = plan.encoder.fingerprint()
         facts = {
             "version": _VERSION,
             "pool": pool.fingerprint,
+            "embeddings": given_facts(self._given),
             "client": client_id,
             "encoder": self._encoder_fingerprint,
             "plan": {k: v for k, v in asdict(plan).items() if k != "encoder"},
@@ -137,43 +136,51 @@ class Probe:
         """Whether the result is on disk already."""
         return self._folder.is_dir()
 
-    def run(self) -> ProbeResult:
+    def run(self, ranks: Ranks = ALONE) -> ProbeResult:
         """Read the result from disk, or do what is missing of the dialogue.
+
+        Args:
+            ranks: Who shares the work; all of them call this.
 
         Raises:
             ValueError: The plan cannot be kept (too small a pool, too small an ε, …); nothing was
                 asked.
             MessageError: The client's answer does not fit the question.
+            RankError: Another rank failed.
         """
-        if self.is_done():
+        if ranks.broadcast(self.is_done()):
             return ProbeResult.load(self._folder, self.fingerprint, from_disk=True)
         planned = self._planned_for_labels()
         with self._timed("embed"):
-            bank = self._embed()
+            bank = self._embed(ranks)
         with self._timed("cluster"):
-            clusters = self._cluster(bank)
-        with self._timed("ask"):
-            counts = self._ask_for_counts(clusters) if self.plan.strategy == "ecos" else None
-        with self._timed("select"):
-            selection = self._select(clusters, counts)
-        indices = clusters.readable[selection.indices.numpy()]
+            compressed = self._compress(bank, ranks)
+        counts, selection = None, None
+        with ranks.first() as is_first:
+            if is_first:
+                with self._timed("ask"):
+                    if self.plan.strategy == "ecos":
+                        counts = self._ask_for_counts(compressed)
+                with self._timed("select"):
+                    selection = self._select(bank, compressed, counts)
+        indices = ranks.broadcast(selection.indices.numpy() if selection else None)
         with self._timed("label"):
-            encoder, chosen = self._chosen(bank, indices)
-            labels = self.labeler.label(
-                LabelingTask(
-                    pool=self.pool,
-                    indices=indices,
-                    embeddings=lambda: _rows_in_chunks(*chosen),
-                    views=lambda num_views: self._views(encoder, *chosen, indices, num_views),
-                    encoder=encoder,
-                    encoder_fingerprint=self._encoder_fingerprint,
-                    ask=self._ask,
-                    planned=planned,
-                    seed=self.plan.seed,
-                    attempt=self.plan.attempt,
-                )
+            chosen = embed_chosen(
+                self.pool,
+                indices,
+                replace(self.plan.encoder, features=self.labeler.features),
+                pool_encoder=self.plan.encoder,
+                pool_bank=bank,
+                embedder=self._embedder,
+                seed=self.plan.seed,
+                ranks=ranks,
             )
-        self._commit(clusters, counts, selection, labels)
+        with ranks.first() as is_first:
+            if is_first:
+                assert selection is not None
+                with self._timed("label"):
+                    labels = self._label(chosen, planned)
+                self._commit(bank, compressed, counts, selection, labels)
         return ProbeResult.load(self._folder, self.fingerprint, from_disk=False)
 
     # --- the steps -----------------------------------------------------------------------------
@@ -203,91 +210,56 @@ class Probe:
             sample_rate=plan.sample_rate,
         )
 
-    def _embed(self) -> EmbeddingBank:
-        encoder = Encoder(self.plan.encoder).to(self._device)
-        name = f"{self.pool.fingerprint[:16]}-{self.plan.encoder.key}"
-        bank = build_bank(
-            self.cache_dir / "embeddings" / name,
+    def _embed(self, ranks: Ranks) -> PoolEmbeddings:
+        bank = embed_pool(
             self.pool,
-            encoder,
-            image_size=self.plan.encoder.image_size,
-            batch_size=self._batch_size,
-            num_workers=self._num_workers,
-            device=self._device,
+            self.plan.encoder,
+            self.cache_dir,
+            given=self._given,
+            batch_size=self._embedder.batch_size,
+            num_workers=self._embedder.num_workers,
+            device=self._embedder.device,
+            ranks=ranks,
         )
-        bad = [self.pool.ids[row] for row in bank.unreadable()]
-        if bad:
-            shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
-            log.warning("left out %d pool images that cannot be read: %s", len(bad), shown)
+        bad = bank.unreadable()
+        if len(bad) and ranks.is_first:
+            shown = ", ".join(self.pool.ids[row] for row in bad[:5].tolist())
+            dots = ", …" if len(bad) > 5 else ""
+            log.warning("left out %d pool images that cannot be read: %s%s", len(bad), shown, dots)
         return bank
 
-    def _cluster(self, bank: EmbeddingBank) -> _Clusters:
+    def _compress(self, bank: PoolEmbeddings, ranks: Ranks) -> CompressedPool:
         plan = self.plan
-        readable = np.setdiff1d(np.arange(bank.num_rows), bank.unreadable())
-        if len(readable) < 2:
+        num_readable = len(bank) - len(bank.unreadable())
+        if num_readable < 2:
             raise ValueError(f"the pool {self.pool.name} holds fewer than 2 readable images")
-        num_clusters = plan.num_clusters or default_num_clusters(len(readable), plan.noise_std)
-        if num_clusters > len(readable):
+        num_clusters = plan.num_clusters or default_num_clusters(num_readable, plan.noise_std)
+        if num_clusters > num_readable:
             raise ValueError(
-                f"probe.num_clusters={num_clusters} exceeds the pool's {len(readable)} readable "
+                f"probe.num_clusters={num_clusters} exceeds the pool's {num_readable} readable "
                 "images"
             )
-        facts = [_VERSION, bank.folder.name, num_clusters, plan.num_dims, plan.num_iters, plan.seed]
-        folder = self.cache_dir / "clusters" / fingerprint_of(facts)[:16]
-        if not folder.is_dir():
-            projection = fit_pca((chunk for _, chunk in bank.chunks()), plan.num_dims).rounded()
-            with committed_folder(folder) as aside:
-                shape = (len(readable), len(projection.components))
-                projected = np.lib.format.open_memmap(
-                    aside / "projected.npy", "w+", dtype=np.float32, shape=shape
-                )
-                first = 0
-                for _, chunk in bank.chunks():
-                    rows = torch.from_numpy(np.array(chunk))
-                    rows = projection(rows[~rows.isnan().any(dim=1)])
-                    projected[first : first + len(rows)] = rows.numpy()
-                    first += len(rows)
-                projected.flush()
-                with progress_bar("clustering", plan.num_iters, "iterations") as advance:
-                    found = kmeans(
-                        projected,
-                        num_clusters,
-                        num_iters=plan.num_iters,
-                        seed=plan.seed,
-                        device=self._cluster_device,
-                        on_iteration=advance,
-                    )
-                    advance(plan.num_iters - found.num_iters)  # it may have converged before
-                # Both parties use the centroids as they travel.
-                centroids = _without_near_duplicates(found.centroids.half())
-                tensors = {
-                    "mean": projection.mean,
-                    "components": projection.components,
-                    "variances": projection.variances,
-                    "centroids": centroids,
-                    "assignments": assign(
-                        projected, centroids.float(), device=self._cluster_device
-                    ),
-                }
-                save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "clusters.st")
-                del projected
-        tensors = load_file(folder / "clusters.st")
-        return _Clusters(
-            Projection(tensors["mean"], tensors["components"], tensors["variances"]),
-            tensors["centroids"],
-            tensors["assignments"],
-            np.load(folder / "projected.npy", mmap_mode="r"),
-            readable,
+        return compress_pool(
+            bank,
+            bank.key,
+            self.cache_dir,
+            num_clusters=num_clusters,
+            num_dims=plan.num_dims,
+            num_iters=plan.num_iters,
+            num_restarts=plan.num_restarts,
+            seed=plan.seed,
+            device=self._cluster_device,
+            ranks=ranks,
         )
 
-    def _ask_for_counts(self, clusters: _Clusters) -> _Counts:
+    def _ask_for_counts(self, compressed: CompressedPool) -> _Counts:
         plan = self.plan
         query = CoverageQuery(
             encoder=public_name(plan.encoder),
             encoder_fingerprint=self._encoder_fingerprint,
-            mean=clusters.projection.mean.half(),
-            components=clusters.projection.components.half(),
-            centroids=clusters.centroids,
+            mean=compressed.projection.mean.half(),
+            components=compressed.projection.components.half(),
+            centroids=compressed.centroids,
             noise_std=plan.noise_std,
             sample_rate=plan.sample_rate,
             attempt=plan.attempt,
@@ -295,25 +267,36 @@ class Probe:
         content = query.to_bytes()
         answer = CoverageAnswer.from_bytes(self._ask(content))
         check_answer(answer, content, sample_rate=plan.sample_rate)
-        check_integers("counts", answer.noisy_counts, (len(clusters.centroids),))
+        check_integers("counts", answer.noisy_counts, (len(compressed.centroids),))
         check_noise(answer.noise_std, plan.noise_std * answer.max_per_unit)
         release = coverage_release(plan.noise_std, plan.sample_rate, answer.max_per_unit)
         return _Counts(answer.noisy_counts, answer.noise_std, release, answer.max_per_unit)
 
-    def _select(self, clusters: _Clusters, counts: _Counts | None) -> Selection:
+    def _select(
+        self, bank: PoolEmbeddings, compressed: CompressedPool, counts: _Counts | None
+    ) -> Selection:
         chosen = select(
             counts.noisy if counts else None,
-            clusters.assignments,
-            clusters.projected,
-            clusters.centroids.float(),
+            compressed.assignments,
+            compressed.projected,
+            compressed.centroids.float(),
             size=self.plan.size,
             strategy=self.plan.strategy,
             noise_std=counts.noise_std if counts else 0.0,
             generator=torch.Generator().manual_seed(self.plan.seed),
+            full_embeddings=bank,
+            duplicate_distance=self.plan.duplicate_distance,
+            device=self._cluster_device,
         )
         size, wanted = len(chosen.indices), self.plan.size
         if self.plan.strategy != "all" and size < wanted:
             log.warning("the pool holds %d readable images, not the %d asked for", size, wanted)
+        if chosen.num_duplicates:
+            log.warning(
+                "%d near-duplicates were left out (closer than selection.duplicate_distance=%g)",
+                chosen.num_duplicates,
+                self.plan.duplicate_distance,
+            )
         if chosen.num_filled_up:
             log.warning(
                 "%d of %d images lie outside the region that holds all of the client's estimated "
@@ -323,52 +306,21 @@ class Probe:
             )
         return chosen
 
-    def _chosen(
-        self, bank: EmbeddingBank, indices: npt.NDArray[np.int64]
-    ) -> tuple[EncoderSpec, tuple[EmbeddingBank, npt.NDArray[np.int64]]]:
-        """The labeler's encoder; and chosen images' embeddings by it: a bank and its rows."""
-        encoder = replace(self.plan.encoder, features=self.labeler.features)
-        if encoder == self.plan.encoder:
-            return encoder, (bank, indices)
-        source = SomeImages(self.pool, indices)
-        chosen = build_bank(
-            self.cache_dir / "embeddings" / f"{source.fingerprint[:16]}-{encoder.key}",
-            source,
-            Encoder(encoder).to(self._device),
-            image_size=encoder.image_size,
-            batch_size=self._batch_size,
-            num_workers=self._num_workers,
-            device=self._device,
-            title="embedding the proxy set",
+    def _label(self, chosen: ChosenEmbeddings, planned: Sequence[Release]) -> Labels:
+        return self.labeler.label(
+            LabelingTask(
+                pool=self.pool,
+                indices=chosen.indices,
+                embeddings=chosen.chunks,
+                views=chosen.views,
+                encoder=chosen.encoder,
+                encoder_fingerprint=self._encoder_fingerprint,
+                ask=self._ask,
+                planned=planned,
+                seed=self.plan.seed,
+                attempt=self.plan.attempt,
+            )
         )
-        return encoder, (chosen, np.arange(len(indices)))
-
-    def _views(
-        self,
-        spec: EncoderSpec,
-        bank: EmbeddingBank,
-        rows: npt.NDArray[np.int64],
-        indices: npt.NDArray[np.int64],
-        num_views: int,
-    ) -> Iterator[npt.NDArray[np.float32]]:
-        """Embeddings [B, 1 + V, D] of chosen images and random views of each; of a sample."""
-        generator = torch.Generator().manual_seed(self.plan.seed)
-        sample = torch.randperm(len(indices), generator=generator)[:MAX_VIEWED_IMAGES].numpy()
-        sample.sort()
-        batch = max(1, self._batch_size // num_views)
-        encoder = Encoder(spec).to(self._device)
-        with progress_bar("embedding views", len(sample), "images") as advance:
-            for first in range(0, len(sample), batch):
-                some = sample[first : first + batch]
-                views = []
-                for row in indices[some].tolist():
-                    own = torch.Generator().manual_seed(self.plan.seed + row)
-                    image = to_tensor(self.pool.read(row), spec.image_size)
-                    views += [random_view(image, own) for _ in range(num_views)]
-                embedded = encoder(torch.stack(views).to(self._device)).cpu().numpy()
-                embedded = embedded.reshape(len(some), num_views, -1)
-                yield np.concatenate([bank.rows(rows[some])[:, None], embedded], axis=1)
-                advance(len(some))
 
     def _ask(self, content: bytes) -> bytes:
         """Ask the client once; the answer is kept, and read from disk when asked again."""
@@ -389,16 +341,14 @@ class Probe:
 
     def _commit(
         self,
-        clusters: _Clusters,
+        bank: PoolEmbeddings,
+        compressed: CompressedPool,
         counts: _Counts | None,
         selection: Selection,
         labels: Labels,
     ) -> None:
         plan = self.plan
-        indices = clusters.readable[selection.indices.numpy()]
-        chosen = torch.zeros(len(clusters.readable), dtype=torch.bool)
-        chosen[selection.indices] = True
-        leftover = torch.nonzero(selection.kept[clusters.assignments] & ~chosen).flatten().numpy()
+        indices = selection.indices.numpy()
         releases = [*([counts.release] if counts else []), *labels.releases]
         statement = asdict(
             PrivacyStatement(
@@ -407,14 +357,16 @@ class Probe:
         )
         proxy_set = ProxySet(
             ids=[self.pool.ids[index] for index in indices],
-            clusters=clusters.assignments[selection.indices],
+            clusters=torch.from_numpy(compressed.assignments[indices].astype(np.int64)),
             classes=labels.classes,
             targets=labels.targets,
             weights=labels.weights,
+            pools=pool_names(self.pool.parts, indices),
             label_source=self.labeler.name,
             provenance={
                 "pool": self.pool.name,
                 "pool_fingerprint": self.pool.fingerprint,
+                "pools": pools_of(self.pool.parts, indices),
                 "encoder": describe(plan.encoder),
                 "encoder_fingerprint": self._encoder_fingerprint,
                 "probe_fingerprint": self.fingerprint,
@@ -425,15 +377,14 @@ class Probe:
         )
         result = ProbeResult(
             proxy_set=proxy_set,
-            indices=torch.from_numpy(indices),
-            unlabeled=torch.from_numpy(clusters.readable[leftover]),
+            unlabeled=_rest_of_kept_clusters(compressed, selection),
             noisy_counts=counts.noisy if counts else None,
-            cluster_sizes=torch.bincount(clusters.assignments, minlength=len(clusters.centroids)),
+            cluster_sizes=compressed.cluster_sizes(),
             selection=selection,
             privacy=statement,
             communication=self._communication,
             seconds=self._seconds,
-            num_unreadable=len(self.pool) - len(clusters.readable),
+            num_unreadable=len(bank.unreadable()),
             fingerprint=self.fingerprint,
             from_disk=False,
         )
@@ -444,16 +395,8 @@ class Probe:
     def _timed(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._seconds[step] = round(time.perf_counter() - start, 3)
-
-
-@dataclass(frozen=True)
-class _Clusters:
-    projection: Projection
-    centroids: Tensor  # [R, d] float16, as they travel
-    assignments: Tensor  # [readable] int64
-    projected: npt.NDArray[np.float32]  # [readable, d] memory map
-    readable: npt.NDArray[np.int64]  # pool places
+        seconds = self._seconds.get(step, 0.0) + time.perf_counter() - start
+        self._seconds[step] = round(seconds, 3)
 
 
 @dataclass(frozen=True)
@@ -474,15 +417,9 @@ def _unit_of(counts: _Counts | None, labels: Labels) -> str:
     return "sample" if per_unit == 1 else f"person (of at most {per_unit} samples)"
 
 
-def _rows_in_chunks(
-    bank: EmbeddingBank, indices: npt.NDArray[np.int64]
-) -> Iterator[npt.NDArray[np.float32]]:
-    for first in range(0, len(indices), CHUNK_ROWS):
-        yield bank.rows(indices[first : first + CHUNK_ROWS])
-
-
-def _without_near_duplicates(centroids: Tensor) -> Tensor:
-    """Drop centroids that float16 cannot tell apart: the client's nearest one must be clear."""
-    rows = centroids.numpy()
-    _, first = np.unique(rows, axis=0, return_index=True)
-    return centroids[torch.from_numpy(np.sort(first))]
+def _rest_of_kept_clusters(compressed: CompressedPool, selection: Selection) -> Tensor:
+    """Pool places [m] int64 of the images of kept clusters that were not chosen, ascending."""
+    # Unreadable images, of cluster -1, look up the last entry.
+    kept = np.append(selection.kept.numpy(), False)
+    found = np.flatnonzero(kept[compressed.assignments])
+    return torch.from_numpy(np.setdiff1d(found, selection.indices.numpy(), assume_unique=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 from ecos_pl.accounting import PrivacyStatement
 from ecos_pl.probe_result import ProbeResult
+from ecos_pl.proxy_set import licence_summary
 
 _NOTHING_RELEASED = {
     "epsilon": 0.0,
@@ -56,7 +57,9 @@ def summarise(
             "num_clusters": len(probe.cluster_sizes),
             "kept_clusters": int(probe.selection.kept.sum()),
             "filled_up": probe.selection.num_filled_up,
+            "duplicates": probe.selection.num_duplicates,
             "unreadable": probe.num_unreadable,
+            "pools": probe.proxy_set.provenance["pools"],
             "fingerprint": probe.fingerprint,
             "from_disk": probe.from_disk,
         }
@@ -94,6 +97,9 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
             )
         if known["label_accuracy"] is not None:
             table.add_row("label accuracy*", f"{known['label_accuracy']:.3f}")
+        if proxy["duplicates"]:
+            table.add_row("", f"{proxy['duplicates']:,} near-duplicates left out")
+        table.add_row("licences", licence_summary(proxy["pools"]))
         spent = privacy.pop("spent_by_this_run")
         table.add_row("privacy", str(PrivacyStatement(**privacy)))
         if proxy["from_disk"]:

@@ -71,11 +71,10 @@ def make_result(num_clusters: int = 5, *, asked: bool = True) -> ProbeResult:
     )
     return ProbeResult(
         proxy_set=proxy_set,
-        indices=indices,
         unlabeled=torch.tensor([1, 2]),
         noisy_counts=counts if asked else None,
         cluster_sizes=sizes,
-        selection=Selection(indices, quotas, kept, 6.5 if asked else 0.0, 2),
+        selection=Selection(indices, quotas, kept, 6.5 if asked else 0.0, 2, 1),
         privacy={
             "epsilon": 1.5,
             "delta": 1e-5,
@@ -203,6 +202,7 @@ def test_statistics_log_public_and_noisy_numbers_and_the_simulation(tmp_path: Pa
         "probe/kept_clusters": 3,
         "probe/threshold": 6.5,
         "probe/num_filled_up": 2,
+        "probe/num_duplicates": 1,
         "probe/num_unreadable": 1,
         "probe/epsilon": 1.5,
         "probe/delta": 1e-5,

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,16 @@ from ecos_pl.probe import Probe, ProbePlan
 from ecos_pl.prototype_labeler import PrototypeLabeler
 
 SPEC = EncoderSpec("mobilenetv3_small_050", "random", 32)
-PLAN = ProbePlan(encoder=SPEC, num_clusters=8, num_dims=8, size=60, noise_std=1.0, max_epsilon=9.0)
+# Untrained, the encoder tells pictures of one kind hardly apart: none is a near-duplicate here.
+PLAN = ProbePlan(
+    encoder=SPEC,
+    num_clusters=8,
+    num_dims=8,
+    size=60,
+    duplicate_distance=0.0,
+    noise_std=1.0,
+    max_epsilon=9.0,
+)
 CLASSES = ["horizontal", "vertical"]
 
 
@@ -125,9 +135,9 @@ def test_same_answer_same_ids_whatever_the_batch_size(world):
     first = world.probe().run()
     other = world.probe()
     (world.folder / "cache" / "probes" / first.fingerprint[:16]).rename(world.folder / "aside")
-    for folder in ("embeddings", "clusters"):
+    for folder in ("embeddings", "projected", "clusters"):
         (world.folder / "cache" / folder).rename(world.folder / folder)
-    other._batch_size = 7
+    other._embedder = dataclasses.replace(other._embedder, batch_size=7)
     again = other.run()
     assert not again.from_disk
     assert world.asked == 1
@@ -163,6 +173,20 @@ def test_more_images_than_there_are_is_said(world, caplog):
     result = world.probe(dataclasses.replace(PLAN, size=1000)).run()
     assert len(result.proxy_set) == 260
     assert "260 readable images, not the 1000 asked for" in caplog.text
+
+
+def test_near_duplicates_are_replaced_and_said(world, image_tree, caplog, tmp_path):
+    """Every image of the client's domain twice: no copy is chosen beside its original."""
+    shutil.copytree(image_tree / "pool", tmp_path / "pool")
+    for path in sorted((tmp_path / "pool" / "bars").glob("*/*.png")):
+        shutil.copy(path, path.with_name(f"copy_{path.name}"))
+    world.pool = scan_folder(tmp_path / "pool")
+    result = world.probe(dataclasses.replace(PLAN, size=250, duplicate_distance=1e-4)).run()
+    chosen = set(result.proxy_set.ids)
+    assert len(chosen) == 250
+    assert not chosen & {name.replace("copy_", "") for name in chosen if "copy_" in name}
+    assert result.selection.num_duplicates > 0
+    assert f"{result.selection.num_duplicates} near-duplicates were left out" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,7 @@ def test_the_same_answers_give_the_same_proxy_set_in_one_process(parties, image_
         num_clusters=8,
         num_dims=8,
         size=60,
+        duplicate_distance=0.0,
         noise_std=2.0,
         max_epsilon=6.0,
     )

@@ -6,13 +6,19 @@ Whatever is heavy is imported late, so that --help and mistakes are quick.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import re
+import signal
+import subprocess
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +39,16 @@ from ecos_pl.config import (
     to_yaml,
 )
 from ecos_pl.config_help import help_text
+from ecos_pl.overrides import nearest
+from ecos_pl.stopping import (
+    REQUESTS,
+    STATUS,
+    Stopped,
+    is_first_process,
+    is_lightnings_child,
+    requeue,
+    slurm_job,
+)
 
 if TYPE_CHECKING:
     import lightning as L
@@ -40,6 +56,7 @@ if TYPE_CHECKING:
     from datamodules.local import LocalDataModule
     from datamodules.proxy import ProxySamplingDataModule, TrainingView
     from datamodules.scenario import Scenario
+    from ecos_pl.images import PoolSource
     from ecos_pl.labeling import Labeler
     from ecos_pl.mailbox import Mailbox
 
@@ -48,7 +65,16 @@ CONFIG_DIR = HERE / "configs"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run from the command line; the exit status: 0 done, 2 a mistake of the user, 130 Ctrl-C."""
+    """Run from the command line.
+
+    The exit status: 0 done, 1 another process of the run was lost, 2 a mistake of the user, 130
+    Ctrl-C, 143 stopped by SIGTERM or SIGUSR1.
+    """
+    with REQUESTS.heard():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
         command_line = parse_command_line(argv)
         if command_line.help:
@@ -59,15 +85,44 @@ def main(argv: Sequence[str]) -> int:
             print(to_yaml(config), end="")
             return 0
         train(config)
+    except Stopped as stop:
+        return _stopped(stop)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
+        if lost := _lost_process(error):
+            if REQUESTS.by is not None:
+                return _stopped(Stopped(REQUESTS.by))
+            print(
+                f"train.py{_which()}: {lost}; the same command goes on from here", file=sys.stderr
+            )
+            return 1
         if not _is_users_mistake(error):
             raise
-        print(f"train.py: {error}", file=sys.stderr)
+        if is_first_process() or not isinstance(error, ConfigError):  # all processes find those
+            print(f"train.py{_which()}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _stopped(stop: Stopped) -> int:
+    """Say so once, and let SLURM run the job again if its signal asked for that."""
+    REQUESTS.end()
+    if is_first_process():
+        note = ""
+        if stop.by.name == "SIGUSR1" and (job := slurm_job()):
+            note = f" ({requeue(job)})"
+        print(
+            f"stopped by {stop.by.name}; the same command goes on from here{note}", file=sys.stderr
+        )
+    return 0 if is_lightnings_child() else STATUS
+
+
+def _which() -> str:
+    """Which process speaks; nothing for the first, which usually is the only one."""
+    rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ), "0")
+    return "" if is_first_process() else f" [rank {rank}]"
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -88,15 +143,14 @@ def train(config: Config) -> dict[str, Any]:
     datamodule = _datamodule(config, scenario)
     module = _module(config, scenario)
     trainer, timer = _trainer(config, folder)
-    try:
-        trainer.fit(module, datamodule, ckpt_path=_checkpoint(folder), weights_only=True)
-    except SystemExit:  # what Lightning makes of Ctrl-C
-        raise KeyboardInterrupt from None
-    if not config.trainer.fast_dev_run:
-        _take_averaged_weights(module, folder)
     metrics = []
-    if scenario.client_test is not None:
-        metrics = trainer.test(module, datamodule, verbose=False)
+    with _children_end_too(trainer):
+        _probe_here_if_workers_cannot_tell(trainer, datamodule)
+        trainer.fit(module, datamodule, ckpt_path=_checkpoint(folder), weights_only=True)
+        if not config.trainer.fast_dev_run:
+            module = _delivered(config, scenario, folder, timer)
+        if scenario.client_test is not None:
+            metrics = trainer.test(module, datamodule, verbose=False)
     summary = summarise(
         run_id=folder.name,
         seed=config.seed,
@@ -128,23 +182,57 @@ def train(config: Config) -> dict[str, Any]:
 
 def _scenario(config: Config) -> Scenario:
     if isinstance(config.data, FolderOptions):
-        from datamodules.folder import folder_data, remote_client_data
-
-        pool, domain = Path(config.data.pool), config.data.client_domain
-        if isinstance(config.client, MailboxOptions):
-            return remote_client_data(pool, config.data.classes, domain)
-        if config.data.client is None:
-            raise ConfigError("no value for data.client: write data.client=CLIENT")
-        if config.data.classes:
-            raise ConfigError("data.classes: the class folders of data.client name the classes")
-        return folder_data(pool, Path(config.data.client), domain)
+        return _folder_scenario(config, config.data)
     from datamodules.mixed_digits import mixed_digits
 
     return mixed_digits()
 
 
+def _folder_scenario(config: Config, options: FolderOptions) -> Scenario:
+    from datamodules.deferred_pool import DeferredPool
+    from datamodules.folder import check_apart, check_domain, folder_data, remote_client_data
+    from datamodules.pool_spec import folders_of, open_pool
+
+    domain = options.client_domain
+
+    def opened() -> PoolSource:
+        pool = open_pool(options.pool, cache_dir=_cache_dir(config), licence=options.licence)
+        if domain is not None:
+            check_domain(domain, pool)
+        return pool
+
+    pool = DeferredPool(opened)
+    if isinstance(config.client, MailboxOptions):
+        return remote_client_data(pool, options.classes, domain)
+    if options.client is None:
+        raise ConfigError("no value for data.client: write data.client=CLIENT")
+    if options.classes:
+        raise ConfigError("data.classes: the class folders of data.client name the classes")
+    for folder in folders_of(options.pool):
+        check_apart(folder, Path(options.client))
+    return folder_data(pool, Path(options.client), domain)
+
+
+def _given_embeddings(config: Config) -> Mapping[str, Path] | Path | None:
+    """Embeddings made elsewhere: of the pool, or of pools by name in a pool file."""
+    if not isinstance(config.data, FolderOptions):
+        return None
+    from datamodules.pool_spec import embeddings_of
+
+    listed = embeddings_of(config.data.pool)
+    if config.data.embeddings is None:
+        return listed
+    if listed:
+        raise ConfigError(f"data.embeddings: {config.data.pool} names embeddings already")
+    return Path(config.data.embeddings)
+
+
+def _cache_dir(config: Config) -> Path:
+    return Path(config.probe.cache_dir or Path(config.run_root) / "cache")
+
+
 def _view(config: Config) -> TrainingView:
-    from datamodules.proxy import TrainingView, default_workers
+    from datamodules.proxy import TrainingView
 
     task = config.task
     assert isinstance(task, SelfLabelingOptions)
@@ -154,7 +242,7 @@ def _view(config: Config) -> TrainingView:
         augment=task.augment,  # type: ignore[arg-type]  # the config allows the same names
         unlabeled_ratio=task.unlabeled_ratio if task.consistency_weight else 0,
         val_fraction=task.val_fraction,
-        num_workers=default_workers(task.num_workers),
+        num_workers=task.num_workers,
     )
 
 
@@ -208,13 +296,14 @@ def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule |
         num_clusters=config.probe.num_clusters,
         num_dims=config.probe.num_dims,
         num_iters=config.probe.num_iters,
+        num_restarts=config.probe.num_restarts,
         strategy=config.selection.strategy,
         size=config.selection.size,
+        duplicate_distance=config.selection.duplicate_distance,
         seed=config.seed,
         attempt=config.probe.attempt,
         **asdict(config.privacy),
     )
-    cache_dir = config.probe.cache_dir
     return ProxySamplingDataModule(
         scenario,
         plan,
@@ -222,7 +311,8 @@ def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule |
         _view(config),
         run_root=Path(config.run_root),
         mailbox=_mailbox(config),
-        cache_dir=Path(cache_dir) if cache_dir else None,
+        cache_dir=_cache_dir(config),
+        given_embeddings=_given_embeddings(config),
         embed_batch_size=config.encoder.batch_size,
         embed_workers=config.encoder.num_workers,
         seed=config.seed,
@@ -268,12 +358,14 @@ def _module(config: Config, scenario: Scenario) -> L.LightningModule:
 def _trainer(config: Config, folder: Path) -> tuple[L.Trainer, Any]:
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from callbacks.chosen_images import ChosenImages
     from callbacks.coverage_figure import CoverageFigure
     from callbacks.log_config import LogConfig
     from callbacks.run_timer import RunTimer
     from callbacks.sampling_statistics import SamplingStatistics
+    from callbacks.stop_and_resume import StopAndResume
     from callbacks.training_curves import TrainingCurves
     from callbacks.weight_averaging import WarmupWeightAveraging
 
@@ -288,23 +380,63 @@ def _trainer(config: Config, folder: Path) -> tuple[L.Trainer, Any]:
         TrainingCurves(),
     ]
     if not config.trainer.fast_dev_run:
-        callbacks.append(ModelCheckpoint(folder / "checkpoints", save_last=True))
-    if isinstance(config.task, SelfLabelingOptions) and config.task.ema_decay is not None:
+        checkpoints = folder / "checkpoints"
+        callbacks.append(ModelCheckpoint(checkpoints, save_last=True, save_on_train_epoch_end=True))
+    if (
+        averages := isinstance(config.task, SelfLabelingOptions)
+        and config.task.ema_decay is not None
+    ):
         callbacks.append(WarmupWeightAveraging(config.task.ema_decay))
+    if not config.trainer.fast_dev_run:
+        callbacks.append(StopAndResume(checkpoints / "stopped.ckpt"))  # sees what the others did
     logger = _logger(config, folder)
     if logger:
         callbacks.append(LearningRateMonitor("step"))
     options["enable_progress_bar"] &= sys.stdout.isatty()
     if options["enable_progress_bar"]:
         callbacks.append(RichProgressBar(leave=True))
-    trainer = L.Trainer(
-        default_root_dir=folder,
-        logger=logger,
-        callbacks=callbacks,
-        enable_model_summary=False,
-        **options,
-    )
+    timeout_minutes = options.pop("timeout_minutes")
+    _check_strategy(config.trainer.strategy, averages)
+    try:
+        trainer = L.Trainer(
+            default_root_dir=folder,
+            logger=logger,
+            callbacks=callbacks,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # datamodules/loaders.py gives every device its share
+            **options,
+        )
+    except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    if config.trainer.sync_batchnorm and trainer.strategy.root_device.type != "cuda":
+        raise ConfigError(
+            "trainer.sync_batchnorm=true needs GPUs; this run is on "
+            f"{trainer.strategy.root_device.type}"
+        )
+    if timeout_minutes is not None and hasattr(trainer.strategy, "_timeout"):
+        # Every strategy of several processes keeps it there; `strategy=auto` offers no other way.
+        trainer.strategy._timeout = timedelta(minutes=timeout_minutes)
     return trainer, timer
+
+
+def _check_strategy(name: str, averages: bool) -> None:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    there = [one for one in StrategyRegistry.available_strategies() if not _is_for_tpus(one)]
+    if name not in (valid := ["auto", *there]):
+        listed = "auto, ddp, ddp_spawn, ddp_find_unused_parameters_true, fsdp, …"
+        raise ConfigError(
+            f"trainer.strategy={name} is no strategy{nearest(name, valid)} (there are: {listed})"
+        )
+    if averages and name.startswith(("fsdp", "deepspeed")):
+        raise ConfigError(
+            f"trainer.strategy={name} shares the weights out, so that no process can average them: "
+            "add task.ema_decay=null"
+        )
+
+
+def _is_for_tpus(strategy: str) -> bool:
+    return "xla" in strategy or "tpu" in strategy
 
 
 def _shown(config: Config) -> dict[str, Any]:
@@ -342,6 +474,65 @@ def _logger(config: Config, folder: Path) -> Any:
     return CSVLogger(folder, name="metrics")
 
 
+# --- several processes ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _children_end_too(trainer: L.Trainer) -> Iterator[None]:
+    """End the processes that Lightning started when this one ends early."""
+    try:
+        yield
+    except Stopped:
+        _end_children(trainer)
+        raise
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
+
+
+def _end_children(trainer: L.Trainer, wait_s: float = 120) -> None:
+    launcher = trainer.strategy.launcher
+    if launcher is None:
+        return
+    launcher.kill(signal.SIGTERM)
+    for process in getattr(launcher, "procs", ()):
+        try:
+            process.wait(wait_s) if hasattr(process, "wait") else process.join(wait_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _probe_here_if_workers_cannot_tell(trainer: L.Trainer, datamodule: Any) -> None:
+    """With ``ddp_spawn`` and its like, probe before there are workers: they return no results."""
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher):
+        if launcher._start_method == "spawn":  # others must not touch a GPU before they fork
+            datamodule.trainer = trainer
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+
+
+def _lost_process(error: Exception) -> str:
+    """One line if the error is that another process of this run has gone; else nothing."""
+    from ecos_pl.ranks import RankError
+
+    if isinstance(error, RankError):
+        return str(error)
+    if "torch" not in sys.modules:
+        return ""
+    from torch.multiprocessing.spawn import ProcessExitedException
+
+    if isinstance(error, ProcessExitedException):
+        if error.exit_code == STATUS and REQUESTS.by is None:
+            REQUESTS.by = signal.SIGTERM  # a worker got it alone
+        return " ".join(str(error).split())
+    gone = r"closed by peer|reset by peer|Broken pipe|Socket closed|remote process exited"
+    if isinstance(error, RuntimeError) and re.search(gone, str(error)):
+        return "another process of this run has ended"
+    return ""
+
+
 # --- the run folder ------------------------------------------------------------------------------
 
 
@@ -360,13 +551,21 @@ def _run_folder(config: Config) -> Path:
             f"{folder} holds a run with another config ({_differs(path.read_text(), text)}); "
             "choose another run_id, or remove that folder"
         )
-    if not config.trainer.fast_dev_run:
+    if not config.trainer.fast_dev_run and is_first_process():
         write_bytes(path, text.encode())
     return folder
 
 
 _NOT_THE_RUN = ("run_id", "run_root", "experiment")  # where and whence, not what
-_MAY_CHANGE = (*_NOT_THE_RUN, "max_epochs", "enable_progress_bar", "num_workers", "devices")
+_MAY_CHANGE = (
+    *_NOT_THE_RUN,
+    "max_epochs",
+    "enable_progress_bar",
+    "num_workers",
+    "devices",
+    "num_nodes",
+    "timeout_minutes",
+)
 
 
 def _differs(old: str, new: str) -> str:
@@ -379,23 +578,31 @@ def _differs(old: str, new: str) -> str:
 
 
 def _checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint to resume from: our own, or one that a requeued job left."""
-    found = [*folder.glob("hpc_ckpt_*.ckpt"), *(folder / "checkpoints").glob("last*.ckpt")]
+    """The newest checkpoint to resume from: of the last epoch, or of the last stop."""
+    found = [
+        path
+        for pattern in ("hpc_ckpt_*.ckpt", "checkpoints/last*.ckpt", "checkpoints/stopped.ckpt")
+        for path in folder.glob(pattern)
+    ]
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
-def _take_averaged_weights(module: L.LightningModule, folder: Path) -> None:
-    """Give the module the weights that its last checkpoint averaged: tested is what is delivered.
+def _delivered(config: Config, scenario: Scenario, folder: Path, timer: Any) -> L.LightningModule:
+    """A new module with the weights of the last checkpoint, averaged ones where there are any.
 
-    Not through ``trainer.test(ckpt_path=…)``: after a fit, Lightning's weight averaging would give
-    back the weights of the last step instead.
+    Tested is what is delivered. Not the trained module itself, whose weights may be spread over
+    devices or in other processes; nor ``trainer.test(ckpt_path=…)``: after a fit, Lightning's
+    weight averaging would give back the weights of the last step instead.
     """
     import torch
 
+    module = _module(config, scenario)
     if (last := _checkpoint(folder)) is not None:
-        module.load_state_dict(
-            torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
-        )
+        checkpoint = torch.load(last, map_location="cpu", weights_only=True)
+        module.load_state_dict(checkpoint["state_dict"])
+        if not timer.fit_seconds:  # the fit was in processes that have ended, or in an earlier call
+            timer.load_state_dict(checkpoint["callbacks"][timer.state_key])
+    return module
 
 
 def _save_model(module: L.LightningModule, config: Config, folder: Path) -> None:
@@ -426,6 +633,7 @@ def _quiet() -> None:
         ".*using the WeightAveraging callback, but loading.*outside the 'fit' stage.*",
         ".*srun.*command is available.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours is
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -435,6 +643,8 @@ def _is_users_mistake(error: Exception) -> bool:
     from ecos_pl.ledger import LedgerError
 
     if isinstance(error, (ConfigError, LedgerError)):
+        return True
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, about trainer options
         return True
     if not isinstance(error, (ValueError, FileNotFoundError)):
         return False

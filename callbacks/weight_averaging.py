@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,18 +25,16 @@ class WarmupWeightAveraging(WeightAveraging):
     def __init__(self, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of averaged weights must lie in [0, 1), not {decay}")
-        super().__init__(multi_avg_fn=_warmup_average(decay))
+        super().__init__(multi_avg_fn=partial(_update, decay))
 
 
-def _warmup_average(decay: float) -> Callable[..., None]:
-    @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], num_updates: Any) -> None:
-        steps = float(num_updates)
-        share = 1 - min(decay, (1 + steps) / (10 + steps))
-        for average, value in zip(averaged, current, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, share)
-            else:  # batch norm's counter
-                average.copy_(value)
-
-    return update
+@torch.no_grad()
+def _update(
+    decay: float, averaged: Sequence[Tensor], current: Sequence[Tensor], num_updates: Any
+) -> None:
+    steps = float(num_updates)
+    share = 1 - min(decay, (1 + steps) / (10 + steps))
+    if averaged[0].is_floating_point():  # all of one call are of one type
+        torch._foreach_lerp_(list(averaged), list(current), share)
+    else:  # batch norm's counters
+        torch._foreach_copy_(list(averaged), list(current))

@@ -6,7 +6,8 @@ from typing import Any
 
 import lightning as L
 
-from datamodules.proxy import LabelledImages, TrainingView, client_images, image_loader
+from datamodules.loaders import image_loader, place_of
+from datamodules.proxy import LabelledImages, TrainingView, client_images, view_workers
 from datamodules.scenario import Scenario
 from datamodules.views import make_view
 from ecos_pl.probe_result import ProbeResult
@@ -43,7 +44,8 @@ class LocalDataModule(L.LightningDataModule):
         return image_loader(
             images,
             self.view.batch_size,
-            num_workers=self.view.num_workers,
+            num_workers=view_workers(self.view, self.trainer),
             train=train,
             seed=self.seed,
+            **place_of(self.trainer),
         )

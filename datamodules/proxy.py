@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,19 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.ranks import rank_zero_first
+from datamodules.loaders import default_workers, equally_long, image_loader, place_of
 from datamodules.scenario import Scenario
 from datamodules.views import Augment, make_view
 from ecos_pl.client import Client
 from ecos_pl.client_policy import ClientPolicy
-from ecos_pl.evaluation import class_numbers, domain_purity, label_accuracy
+from ecos_pl.evaluation import class_numbers, domain_purity, domain_share, label_accuracy
 from ecos_pl.images import ImageSource, UnreadableImage, to_tensor
 from ecos_pl.labeling import Labeler
 from ecos_pl.mailbox import InProcessMailbox, Mailbox
 from ecos_pl.privacy import MIN_NOISE_STD
 from ecos_pl.probe import Probe, ProbePlan
 from ecos_pl.probe_result import ProbeResult
+from ecos_pl.ranks import Ranks
 
 MIN_SIMULATED_MULTIPLIER = 0.05
 """Noise below which a simulated client refuses: its ε is limited by the plan's max_epsilon."""
@@ -43,7 +43,7 @@ class TrainingView:
         augment: see ``views.make_view``.
         unlabeled_ratio: Unlabelled images per labelled one; 0 for none.
         val_fraction: Share of the labelled images held out.
-        num_workers: Processes that read images.
+        num_workers: Processes that read images, for each device; None for what the cores allow.
     """
 
     image_size: int = 48
@@ -51,7 +51,7 @@ class TrainingView:
     augment: Augment = "affine"
     unlabeled_ratio: int = 0
     val_fraction: float = 0.1
-    num_workers: int = 0
+    num_workers: int | None = 0
 
 
 class LabelledImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -111,7 +111,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
     """Runs the probe and serves what it chose; tests on the client's own test images.
 
     ``setup()`` runs for every stage, on every rank, and before checkpoints load, so the probe's
-    result lives on disk under its fingerprint: rank 0 makes it, all read it.
+    result lives on disk under its fingerprint: the ranks make it together, and all read it.
 
     Args:
         scenario: The public pool and the (simulated) client.
@@ -120,7 +120,8 @@ class ProxySamplingDataModule(L.LightningDataModule):
         view: How images reach the training step.
         run_root: Folder that holds the cache and the simulated clients.
         mailbox: The way to a client elsewhere; None simulates one from the scenario's images.
-        cache_dir: For probe results; None for ``run_root/cache``.
+        cache_dir: For probe results; None for ``run_root/cache``. On a disk that all ranks see.
+        given_embeddings: Files of embeddings made elsewhere: of the pool, or by name of its parts.
         embed_batch_size: Images embedded at once.
         embed_workers: Processes that read images for the encoder.
         seed: Of the held-out part and of the batches' order.
@@ -142,6 +143,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         run_root: Path,
         mailbox: Mailbox | None = None,
         cache_dir: Path | None = None,
+        given_embeddings: Mapping[str, Path] | Path | None = None,
         embed_batch_size: int = 256,
         embed_workers: int | None = None,
         seed: int = 1,
@@ -149,12 +151,17 @@ class ProxySamplingDataModule(L.LightningDataModule):
         super().__init__()
         self.scenario, self.plan, self.labeler, self.view = scenario, plan, labeler, view
         self.run_root, self.cache_dir = run_root, cache_dir or run_root / "cache"
-        self.mailbox = mailbox
+        self.mailbox, self.given_embeddings = mailbox, given_embeddings
+        self.prepare_data_per_node = False  # all nodes see one disk
         self.embed_batch_size, self.embed_workers = embed_batch_size, embed_workers
         self.seed = seed
         self.probe_result: ProbeResult | None = None
         self.probe_seconds = 0.0
         self.simulation: dict[str, float | None] = {}
+
+    def prepare_data(self) -> None:
+        """Open the pool: listing or indexing a large one takes long, and is for one rank to do."""
+        len(self.scenario.pool)
 
     def setup(self, stage: str) -> None:
         """Run the probe, or read its result."""
@@ -178,7 +185,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         size = view.batch_size * view.unlabeled_ratio
         unlabelled = self._loader(views, train=True, batch_size=size)
         loaders = {"labelled": labelled, "unlabelled": unlabelled}
-        return CombinedLoader(loaders, mode="max_size_cycle")
+        return CombinedLoader(equally_long(loaders), mode="min_size")
 
     def val_dataloader(self) -> Any:
         """The held-out part of the proxy set, with its pseudo-labels; no client data."""
@@ -202,13 +209,24 @@ class ProxySamplingDataModule(L.LightningDataModule):
             self._mailbox_for,
             self.cache_dir,
             client_id=self._client_id(),
+            given_embeddings=self._given_by_part(),
             device=device,
             batch_size=self.embed_batch_size,
-            num_workers=default_workers(self.embed_workers),
+            num_workers=default_workers(self.embed_workers, trainer.num_devices if trainer else 1),
         )
-        # The client may take days; the others then read from disk what the first one found.
-        with rank_zero_first():
-            return probe.run()
+        with Ranks.of_processes() as ranks:
+            return probe.run(ranks)
+
+    def _given_by_part(self) -> Mapping[str, Path]:
+        given, parts = self.given_embeddings, self.scenario.pool.parts
+        if not isinstance(given, Path):
+            return given or {}
+        if len(parts) > 1:
+            raise ValueError(
+                "data.embeddings: the pool file lists several pools; name each one's there, as in "
+                "embeddings: FILE"
+            )
+        return {parts[0].name: given}
 
     def _client_id(self) -> str:
         if self.mailbox is not None:
@@ -244,7 +262,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         chosen = result.indices.tolist()
         return {
             "purity": domain_purity(pool, chosen, domain),
-            "random_purity": domain_purity(pool, range(len(pool)), domain),
+            "random_purity": domain_share(pool, domain),
             "label_accuracy": label_accuracy(result.proxy_set, pool, chosen, domain),
         }
 
@@ -273,9 +291,10 @@ class ProxySamplingDataModule(L.LightningDataModule):
         return image_loader(
             dataset,
             batch_size or self.view.batch_size,
-            num_workers=self.view.num_workers,
+            num_workers=view_workers(self.view, self.trainer),
             train=train,
             seed=self.seed,
+            **place_of(self.trainer),
         )
 
     def _result(self) -> ProbeResult:
@@ -295,25 +314,6 @@ def client_images(scenario: Scenario, part: str, image_size: int) -> LabelledIma
     return LabelledImages(source, rows.tolist(), targets, torch.ones(len(rows)), image_size)
 
 
-def image_loader(
-    dataset: Dataset[Any], batch_size: int, *, num_workers: int, train: bool, seed: int
-) -> DataLoader[Any]:
-    """A DataLoader: shuffled, whole batches for training; in order, all images otherwise."""
-    size = len(dataset)  # type: ignore[arg-type]
-    return DataLoader(
-        dataset,
-        min(batch_size, size),
-        shuffle=train,
-        drop_last=train,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed) if train else None,
-    )
-
-
-def default_workers(num_workers: int | None) -> int:
-    """Worker processes: the number given, else one core less than there are, at most 8."""
-    if num_workers is not None:
-        return num_workers
-    return max(0, min(8, (os.cpu_count() or 1) - 1))
+def view_workers(view: TrainingView, trainer: Any) -> int:
+    """Worker processes of each loader on each device."""
+    return default_workers(view.num_workers, trainer.num_devices if trainer else 1)

@@ -15,6 +15,7 @@ PLAN = ProbePlan(
     num_clusters=8,
     num_dims=8,
     size=60,
+    duplicate_distance=0.0,
     noise_std=1.0,
     max_epsilon=9.0,
 )

@@ -1,4 +1,4 @@
-"""Every command of the README is one that exists, with options that exist."""
+"""Every command of the README and of docs/ is one that exists, with options that exist."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from ecos_pl.client_cli import _parser as client_parser
 
 REPOSITORY = Path(train.__file__).parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [path.read_text(encoding="utf-8") for path in sorted(REPOSITORY.glob("docs/*.md"))]
+ALL = "\n".join([README, *PAGES])
 COMMANDS = [
     line.partition("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", ALL, re.DOTALL)
     for line in block.splitlines()
     if line.partition("#")[0].strip()
 ]
@@ -53,18 +55,30 @@ def test_scripts_shown_exist_and_take_the_options(command, capsys):
             assert argument.partition("=")[0] in done.stdout
 
 
+@pytest.mark.parametrize(
+    "script", sorted({n for c in COMMANDS for n in c.split() if n.startswith("scripts/")})
+)
+def test_scripts_for_clusters_exist(script):
+    assert (REPOSITORY / script).is_file()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((docs/[\w.]+)\)", README))))
+def test_pages_linked_to_exist(target):
+    assert (REPOSITORY / target).is_file()
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
 def test_make_has_the_target(command):
     makefile = (REPOSITORY / "Makefile").read_text()
     assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([\w/]+\.py)`", README))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([\w/]+\.py)`", ALL))))
 def test_files_named_in_the_readme_exist(name):
     assert list(REPOSITORY.glob(f"**/{name}")), name
 
 
-@pytest.mark.parametrize("key", sorted(set(re.findall(r"`((?:[a-z_]+\.)+[a-z_]+)=?`", README))))
+@pytest.mark.parametrize("key", sorted(set(re.findall(r"`((?:[a-z_]+\.)+[a-z_]+)=?`", ALL))))
 def test_options_named_in_the_readme_exist(key):
     from ecos_pl.config_help import help_text
 

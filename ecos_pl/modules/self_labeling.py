@@ -11,10 +11,13 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ecos_pl.backbone import create_backbone, pixel_statistics
 from ecos_pl.losses import consistency, soft_cross_entropy
+
+_LEFT_OUT = -1  # the class of images that metrics do not count
 
 
 class SelfLabelingModule(L.LightningModule):
@@ -70,8 +73,11 @@ class SelfLabelingModule(L.LightningModule):
             consistency_threshold,
         )
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.val_accuracy = MulticlassAccuracy(len(self.classes), average="micro")
-        self.test_accuracy = MulticlassAccuracy(len(self.classes), average="micro")
+        # By name, not by shape, which a strategy that shards the weights changes later.
+        self.decayed = {name for name, weight in self.named_parameters() if weight.ndim > 1}
+        accuracy = MulticlassAccuracy(len(self.classes), average="micro", ignore_index=_LEFT_OUT)
+        self.val_loss, self.val_accuracy = MeanMetric(), accuracy
+        self.test_accuracy = accuracy.clone()
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores [B, K] of images [B, 3, S, S] uint8."""
@@ -104,27 +110,30 @@ class SelfLabelingModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Agreement with the proxy labels of held-out images; no client data."""
+        """Agreement with the proxy labels of held-out images; no client data.
+
+        The loss is the weighted mean over all images, however they are spread over batches and
+        devices.
+        """
         images, targets, weights = batch
         logits = self(images)
-        loss = soft_cross_entropy(logits, targets, weights)
-        self.val_accuracy(logits, targets.argmax(dim=1))
-        self.log("val/loss", loss, batch_size=len(images), sync_dist=True)
+        self.val_loss.update(soft_cross_entropy(logits, targets, weights), weights.sum())
+        self.val_accuracy.update(logits, _counted(targets, weights))
+        self.log("val/loss", self.val_loss, batch_size=len(images))
         self.log("val/accuracy", self.val_accuracy, batch_size=len(images), prog_bar=True)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Accuracy on the simulated client's test images."""
-        images, targets, _ = batch
-        self.test_accuracy(self(images), targets.argmax(dim=1))
+        images, targets, weights = batch
+        self.test_accuracy.update(self(images), _counted(targets, weights))
         self.log("simulation/test_accuracy", self.test_accuracy, batch_size=len(images))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its cycle over the planned number of steps."""
-        decayed = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
-        others = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
+        weights = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
-            {"params": decayed},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for name, p in weights if name in self.decayed]},
+            {"params": [p for name, p in weights if name not in self.decayed], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = max(2, int(self.trainer.estimated_stepping_batches))
@@ -134,6 +143,11 @@ class SelfLabelingModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def _counted(targets: Tensor, weights: Tensor) -> Tensor:
+    """Classes [B] of targets [B, K]; what has no weight is left out of a metric."""
+    return targets.argmax(dim=1).where(weights > 0, _LEFT_OUT)
 
 
 def _zero_head(net: torch.nn.Module) -> None:

@@ -102,12 +102,16 @@ def datamodule(work: Path) -> Any:
     from ecos_pl.probe import ProbePlan
     from ecos_pl.prototype_labeler import PrototypeLabeler
 
-    digits = mixed_digits()
+    digits, given = mixed_digits(), work / "embeddings"
     pool = open_pool(str(work / "shards"), cache_dir=work / "cache")
     scenario = Scenario(
-        "shards", pool, digits.client_train, digits.client_test, digits.classes, "mnist"
+        "shards",
+        pool,
+        digits.client_train,
+        digits.client_test,
+        digits.classes,
+        None if given.is_dir() else "mnist",  # those shards do not say where a picture is from
     )
-    given = work / "embeddings"
     return ProxySamplingDataModule(
         scenario,
         ProbePlan(max_epsilon=1.0),
@@ -152,8 +156,8 @@ def _megabytes(who: int) -> float:
     return resource.getrusage(who).ru_maxrss * unit / 1e6
 
 
-def measure(work: Path, num_images: int, given: bool) -> None:
-    """Print the table's lines for one pool."""
+def make_pool(work: Path, num_images: int, given: bool) -> None:
+    """Make the shards, and the embeddings if they are to be given."""
     (work / "shards").mkdir(parents=True)
     if given:
         make_given(work, num_images)
@@ -161,6 +165,13 @@ def measure(work: Path, num_images: int, given: bool) -> None:
         from benchmarks.tar_pool import make_shards
 
         make_shards(work / "shards", num_images)
+
+
+def measure(work: Path, num_images: int, given: bool) -> None:
+    """Print the table's lines for one pool."""
+    # In a process of its own, too: children inherit their parent's peak memory.
+    make = [sys.executable, __file__, "--make", str(work), "--sizes", str(num_images)]
+    subprocess.run([*make, "--given"] if given else make, check=True)
     for what in ("the first time", "once more"):
         command = [sys.executable, __file__, "--worker", str(work)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -184,9 +195,13 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[20_000, 200_000])
     parser.add_argument("--given", action="store_true", help="embeddings are given, not made")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(run_setup(options.worker)))
+        return
+    if options.make:
+        make_pool(options.make, options.sizes[0], options.given)
         return
     print("| images | | open, s | setup, s | its parts, s | purity | batches, images/s | MB |")
     print("|---|---|---|---|---|---|---|---|")

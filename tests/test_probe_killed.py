@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,8 +71,9 @@ def test_killed_twenty_times_it_chooses_the_same_and_spends_nothing_twice(
     tmp_path: Path, image_tree: Path
 ) -> None:
     folder = prepared(tmp_path / "cloud", image_tree)
-    client, box = tmp_path / "client", folder / "box"
-    command = ["init", str(client), "--data", str(image_tree / "client" / "train")]
+    client, box, private = tmp_path / "client", folder / "box", tmp_path / "private"
+    shutil.copytree(image_tree / "client" / "train", private)  # `init` leaves its mark there
+    command = ["init", str(client), "--data", str(private)]
     command += ["--encoder", "mobilenetv3_small_050", "--weights", "random", "--image-size", "32"]
     command += ["--max-epsilon", "60", "--min-noise-std", "0.5", "--min-noise-multiplier", "0.05"]
     assert client_main(command) == 0

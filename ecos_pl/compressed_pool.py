@@ -80,14 +80,15 @@ def compress_pool(
         num_iters: k-means iterations at most.
         num_restarts: k-means starts, of which the best counts.
         seed: Of the starts.
-        device: Where k-means runs.
+        device: Where principal components and k-means are computed.
         ranks: Who shares the work.
 
     Raises:
         ValueError: Fewer readable images than clusters.
     """
     name = fingerprint_of([_VERSION, key, num_dims])[:16]
-    projection, projected = _project(embeddings, num_dims, cache_dir / "projected" / name, ranks)
+    folder = cache_dir / "projected" / name
+    projection, projected = _project(embeddings, num_dims, folder, device, ranks)
     facts = [name, num_clusters, num_iters, num_restarts, seed]
     folder = cache_dir / "clusters" / fingerprint_of(facts)[:16]
     if not ranks.broadcast(folder.is_dir()):
@@ -115,12 +116,16 @@ def compress_pool(
 
 
 def _project(
-    embeddings: Rows, num_dims: int, folder: Path, ranks: Ranks
+    embeddings: Rows,
+    num_dims: int,
+    folder: Path,
+    device: torch.device | str,
+    ranks: Ranks,
 ) -> tuple[Projection, EmbeddingBank]:
     """Principal components [d, D], and the rows [N, d] in them."""
     path = folder / "projection.st"
     if not ranks.broadcast(path.is_file()):
-        found = fit_pca(embeddings, num_dims, ranks=ranks).rounded()
+        found = fit_pca(embeddings, num_dims, device=device, ranks=ranks).rounded()
         if ranks.is_first:
             parts = {"mean": found.mean, "components": found.components}
             parts["variances"] = found.variances

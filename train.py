@@ -133,6 +133,7 @@ def train(config: Config) -> dict[str, Any]:
     start = time.perf_counter()
     import lightning as L
 
+    from ecos_pl.model_file import save_model
     from ecos_pl.storage import write_json
     from ecos_pl.summary import print_summary, summarise
 
@@ -168,7 +169,7 @@ def train(config: Config) -> dict[str, Any]:
         },
     )
     if trainer.is_global_zero and not config.trainer.fast_dev_run:
-        _save_model(module, config, folder)
+        save_model(folder / "model.safetensors", module.model)  # for `ecos-client evaluate`
         write_json(folder / "summary.json", summary)
         if datamodule.probe_result is not None:
             datamodule.probe_result.proxy_set.save(folder)
@@ -338,20 +339,24 @@ def _mailbox(config: Config) -> Mailbox | None:
 
 def _module(config: Config, scenario: Scenario) -> L.LightningModule:
     from ecos_pl.modules.self_labeling import SelfLabelingModule
+    from ecos_pl.warm_start import new_classifier
 
     task = config.task
     assert isinstance(task, SelfLabelingOptions)
-    return SelfLabelingModule(
+    model = new_classifier(
         scenario.classes,
         backbone=task.backbone,
         weights=task.weights,
         image_size=task.image_size,
+        seed=config.seed,
+    )
+    return SelfLabelingModule(
+        model,
         learning_rate=task.learning_rate,
         weight_decay=task.weight_decay,
         label_smoothing=task.label_smoothing,
         consistency_weight=task.consistency_weight,
         consistency_threshold=task.consistency_threshold,
-        seed=config.seed,
     )
 
 
@@ -603,18 +608,6 @@ def _delivered(config: Config, scenario: Scenario, folder: Path, timer: Any) -> 
         if not timer.fit_seconds:  # the fit was in processes that have ended, or in an earlier call
             timer.load_state_dict(checkpoint["callbacks"][timer.state_key])
     return module
-
-
-def _save_model(module: L.LightningModule, config: Config, folder: Path) -> None:
-    """Write ``model.safetensors``, for `ecos-client evaluate`."""
-    from ecos_pl.model_file import TrainedModel, save_model
-    from ecos_pl.modules.self_labeling import SelfLabelingModule
-
-    task = config.task
-    assert isinstance(module, SelfLabelingModule)
-    assert isinstance(task, SelfLabelingOptions)
-    model = TrainedModel(module.net, task.backbone, task.image_size, module.classes)
-    save_model(folder / "model.safetensors", model)
 
 
 # --- what the terminal shows ---------------------------------------------------------------------

@@ -28,8 +28,10 @@ from callbacks.run_timer import RunTimer
 from callbacks.stop_and_resume import StopAndResume
 from callbacks.training_curves import TrainingCurves
 from callbacks.weight_averaging import WarmupWeightAveraging
+from ecos_pl.classifier import Classifier
 from ecos_pl.losses import soft_cross_entropy
-from ecos_pl.modules.self_labeling import SelfLabelingModule, _one_cycle
+from ecos_pl.modules.optimization import one_cycle
+from ecos_pl.modules.self_labeling import SelfLabelingModule
 
 CLASSES = [str(number) for number in range(10)]
 WARM_UP = 3
@@ -69,9 +71,10 @@ def main() -> None:
 
 
 def new_module(options: argparse.Namespace) -> SelfLabelingModule:
-    return SelfLabelingModule(
+    model = Classifier.create(
         CLASSES, backbone=options.backbone, weights="random", image_size=options.image_size
     )
+    return SelfLabelingModule(model)
 
 
 def bare_loop(options: argparse.Namespace, batches: list[Any], averaged: bool) -> list[float]:
@@ -81,7 +84,7 @@ def bare_loop(options: argparse.Namespace, batches: list[Any], averaged: bool) -
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _one_cycle(len(batches), step)
+        optimizer, lambda step: one_cycle(len(batches), step)
     )
     average = None
     if averaged:

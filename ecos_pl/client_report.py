@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ecos_pl.accounting import PrivacyStatement, epsilon_of
+from ecos_pl.classifier import Classifier
 from ecos_pl.client_policy import ClientPolicy
 from ecos_pl.envelope import MAX_BYTES, MessageError, is_signed, unseal
 from ecos_pl.image_reader import SourceDataset
 from ecos_pl.images import ImageSource
 from ecos_pl.ledger import Ledger
 from ecos_pl.message_format import describe_message, query_id_of
-from ecos_pl.model_file import TrainedModel
 from ecos_pl.privacy import Release
 from ecos_pl.progress import progress_bar
 
@@ -80,8 +80,9 @@ def message_lines(path: Path) -> Iterator[str]:
     yield from describe_message(payload)
 
 
+@torch.inference_mode()
 def evaluation_lines(
-    model: TrainedModel, source: ImageSource, *, batch_size: int = 256
+    model: Classifier, source: ImageSource, *, batch_size: int = 256
 ) -> Iterator[str]:
     """Accuracy of a model on the client's own test images; for the client's eyes alone.
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from ecos_pl.backbone import create_backbone
+from ecos_pl.classifier import Classifier
 from ecos_pl.client_cli import main
 from ecos_pl.client_setup import open_client, open_ledger
 from ecos_pl.envelope import new_key_file, read_key_file, seal, unseal
 from ecos_pl.message_format import query_id_of
 from ecos_pl.messages import CoverageAnswer, CoverageQuery, PrototypeAnswer, Refusal
-from ecos_pl.model_file import TrainedModel, save_model
+from ecos_pl.model_file import save_model
 from ecos_pl.remote_mailbox import ClientMailbox, RemoteMailbox
 from tests.test_client import coverage_query, prototype_query
 
@@ -442,7 +443,7 @@ def test_a_delivered_model_is_tried_on_the_clients_own_images(home, capsys, tmp_
     head = net.get_classifier()
     torch.nn.init.zeros_(head.weight)
     head.bias.data = torch.tensor([0.0, 1.0])  # always says the second class
-    model = TrainedModel(net, "mobilenetv3_small_050", 32, ["vertical", "horizontal"])
+    model = Classifier(net, "mobilenetv3_small_050", 32, ["vertical", "horizontal"])
     save_model(tmp_path / "model.safetensors", model)
     (home / "images" / "test" / "vertical" / "secret-000.png").write_bytes(b"broken")
     before = sorted(path for path in home.rglob("*") if path.is_file())
@@ -460,7 +461,7 @@ def test_a_delivered_model_is_tried_on_the_clients_own_images(home, capsys, tmp_
 
 def test_a_model_of_other_classes_says_so(home, capsys, tmp_path):
     net = create_backbone("mobilenetv3_small_050", "random", image_size=32, num_classes=2)
-    save_model(tmp_path / "m", TrainedModel(net, "mobilenetv3_small_050", 32, ["cat", "dog"]))
+    save_model(tmp_path / "m", Classifier(net, "mobilenetv3_small_050", 32, ["cat", "dog"]))
     status, _, err = run("evaluate", home / "client", "--model", tmp_path / "m", capsys=capsys)
     assert status == 2
     assert "no test image is of a class that the model knows (cat, dog)" in err

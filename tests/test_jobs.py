@@ -219,14 +219,16 @@ METRICS = """
 import warnings
 from torch.utils.data import TensorDataset
 from datamodules.loaders import image_loader
+from ecos_pl.classifier import Classifier
 from ecos_pl.modules.self_labeling import SelfLabelingModule
 warnings.filterwarnings("ignore")
 generator = torch.Generator().manual_seed(0)
 images = torch.randint(0, 256, (11, 3, 32, 32), dtype=torch.uint8, generator=generator)
 targets = torch.rand(11, 3, generator=generator).softmax(1)
 weights = torch.linspace(0, 1, 11)  # the first weighs nothing and counts nowhere
-module = SelfLabelingModule("abc", backbone="test_efficientnet", weights="random", image_size=32)
-torch.nn.init.normal_(module.net.get_classifier().weight, generator=generator)
+model = Classifier.create("abc", backbone="test_efficientnet", weights="random", image_size=32)
+torch.nn.init.normal_(model.net.get_classifier().weight, generator=generator)
+module = SelfLabelingModule(model)
 loader = image_loader(
     TensorDataset(images, targets, weights), 3, num_workers=0, train=False, seed=1,
     rank=rank, world_size=world_size,
@@ -235,7 +237,8 @@ module.eval()
 with torch.no_grad():
     for batch in loader:
         module.validation_step(batch, 0)
-print(float(module.val_loss.compute()), float(module.val_accuracy.compute()))
+scores = module.scores
+print(float(scores.val_loss.compute()), float(scores.val_accuracy.compute()))
 """
 
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from ecos_pl.backbone import create_backbone
-from ecos_pl.model_file import TrainedModel, load_model, save_model
+from ecos_pl.classifier import Classifier
+from ecos_pl.model_file import load_model, save_model
 from ecos_pl.modules.self_labeling import SelfLabelingModule
 
 NAME = "mobilenetv3_small_050"
@@ -14,7 +15,7 @@ NAME = "mobilenetv3_small_050"
 @pytest.fixture(scope="module")
 def model():
     net = create_backbone(NAME, "random", image_size=32, num_classes=3, seed=5).eval()
-    return TrainedModel(net, NAME, 32, ["a", "œuf", "c"])
+    return Classifier(net, NAME, 32, ["a", "œuf", "c"])
 
 
 def test_round_trip_gives_the_same_scores(model, tmp_path):
@@ -27,10 +28,10 @@ def test_round_trip_gives_the_same_scores(model, tmp_path):
 
 
 def test_scores_are_those_of_the_module_that_was_trained(tmp_path):
-    module = SelfLabelingModule(["a", "b"], backbone=NAME, weights="random", image_size=32).eval()
-    torch.nn.init.normal_(module.net.get_classifier().weight)
+    model = Classifier.create(["a", "b"], backbone=NAME, weights="random", image_size=32)
+    module = SelfLabelingModule(model).eval()
+    torch.nn.init.normal_(model.net.get_classifier().weight)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    model = TrainedModel(module.net, NAME, 32, module.classes)
     save_model(tmp_path / "m", model)
     with torch.inference_mode():
         expected = module(images)
@@ -57,6 +58,7 @@ def test_weights_of_another_architecture_are_refused(model, tmp_path):
     header = {"format": "ecos_pl model 1", "backbone": "resnet18", "image_size": 32}
     header["classes"] = ["a", "b", "c"]
     path = tmp_path / "m"
-    save_file(dict(model.net.state_dict()), path, {"ecos_pl": json.dumps(header)})
+    state = {name: tensor.contiguous() for name, tensor in model.net.state_dict().items()}
+    save_file(state, path, {"ecos_pl": json.dumps(header)})
     with pytest.raises(ValueError, match="cannot be read"):
         load_model(path)

@@ -240,11 +240,11 @@ def test_what_is_tested_is_what_is_delivered(run, tmp_path, image_tree):
     _, summary, _, _ = run("task.ema_decay=0.99", "trainer.max_epochs=3")
     model = load_model(tmp_path / "run" / "model.safetensors")
     last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
-    averaged = {k.removeprefix("net."): v for k, v in last["state_dict"].items()}
+    averaged = {k.removeprefix("model.net."): v for k, v in last["state_dict"].items()}
     delivered = model.net.state_dict()
     assert all(torch.equal(delivered[name], averaged[name]) for name in delivered)
     current = last["current_model_state"]
-    assert not all(torch.equal(v, current[f"net.{k}"]) for k, v in delivered.items())
+    assert not all(torch.equal(v, current[f"model.net.{k}"]) for k, v in delivered.items())
     right = [
         model(to_tensor(read_image(path), 32)[None]).argmax() == model.classes.index(label)
         for label in model.classes

@@ -30,6 +30,7 @@ from ecos_pl.config import (
     ConfigError,
     FolderOptions,
     MailboxOptions,
+    MnistFashionOptions,
     PublicLabelsOptions,
     SelfLabelingOptions,
     WandbOptions,
@@ -184,6 +185,10 @@ def train(config: Config) -> dict[str, Any]:
 def _scenario(config: Config) -> Scenario:
     if isinstance(config.data, FolderOptions):
         return _folder_scenario(config, config.data)
+    if isinstance(config.data, MnistFashionOptions):
+        from datamodules.mnist_fashion import mnist_fashion
+
+        return mnist_fashion(Path(config.data.root), num_client=config.data.num_client)
     from datamodules.mixed_digits import mixed_digits
 
     return mixed_digits()
@@ -299,6 +304,7 @@ def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule |
         num_iters=config.probe.num_iters,
         num_restarts=config.probe.num_restarts,
         strategy=config.selection.strategy,
+        oracle_domain=_oracle_domain(config, scenario),
         size=config.selection.size,
         duplicate_distance=config.selection.duplicate_distance,
         seed=config.seed,
@@ -318,6 +324,17 @@ def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule |
         embed_workers=config.encoder.num_workers,
         seed=config.seed,
     )
+
+
+def _oracle_domain(config: Config, scenario: Scenario) -> str | None:
+    if config.selection.strategy != "oracle":
+        return None
+    if scenario.client_domain is None:
+        raise ConfigError(
+            "selection.strategy=oracle needs the name of the client's domain in the pool: "
+            "data.client_domain=NAME"
+        )
+    return scenario.client_domain
 
 
 def _mailbox(config: Config) -> Mailbox | None:

@@ -42,6 +42,7 @@ __all__ = [
     "EncoderOptions",
     "FolderOptions",
     "MixedDigitsOptions",
+    "MnistFashionOptions",
     "NoLoggerOptions",
     "PrivacyOptions",
     "ProbeOptions",
@@ -82,6 +83,17 @@ class MixedDigitsOptions(Part):
     """Shipped benchmark: handwritten digits hidden in a pool of other images."""
 
     name: str = "mixed_digits"
+
+
+@dataclass
+class MnistFashionOptions(Part):
+    """All of MNIST and Fashion-MNIST as the pool, a client with other MNIST digits."""
+
+    name: str = "mnist_fashion"
+    root: str = option("data", "folder that holds torchvision's MNIST and FashionMNIST")
+    num_client: int = option(
+        1000, "the client's images, out of MNIST's test part; the rest measures", minimum=1
+    )
 
 
 @dataclass
@@ -205,8 +217,9 @@ class SelectionOptions:
 
     strategy: str = option(
         "ecos",
-        "ecos: where the client's images lie; random: uniformly; all: the whole pool",
-        choices=("ecos", "random", "all"),
+        "ecos: where the client's images lie; random: uniformly; all: the whole pool; oracle: at "
+        "random from the client's own domain, which only a simulation knows",
+        choices=("ecos", "random", "all", "oracle"),
     )
     size: int = option(1500, "images in the proxy set; ignored by all", minimum=1)
     duplicate_distance: float = option(
@@ -425,7 +438,7 @@ class Config:
         "simulations",
         choices=("proxy_set", "client"),
     )
-    data: Part = part(MixedDigitsOptions, FolderOptions)
+    data: Part = part(MixedDigitsOptions, MnistFashionOptions, FolderOptions)
     client: Part = part(SimulatedClientOptions, MailboxOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     probe: ProbeOptions = field(default_factory=ProbeOptions)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -53,6 +54,7 @@ class ProbePlan:
         num_iters: k-means iterations at most.
         num_restarts: k-means starts, of which the best counts.
         strategy: See ``selection.select``.
+        oracle_domain: The client's domain in the pool, for the strategy ``oracle``.
         size: Images in the proxy set.
         duplicate_distance: Chosen images whose embeddings lie closer are near-duplicates.
         seed: Of everything the cloud draws.
@@ -70,6 +72,7 @@ class ProbePlan:
     num_iters: int = 25
     num_restarts: int = 1
     strategy: str = "ecos"
+    oracle_domain: str | None = None
     size: int = 1500
     duplicate_distance: float = DUPLICATE_DISTANCE
     seed: int = 1
@@ -286,11 +289,12 @@ class Probe:
             generator=torch.Generator().manual_seed(self.plan.seed),
             full_embeddings=bank,
             duplicate_distance=self.plan.duplicate_distance,
+            among=self._in_oracle_domain(),
             device=self._cluster_device,
         )
         size, wanted = len(chosen.indices), self.plan.size
         if self.plan.strategy != "all" and size < wanted:
-            log.warning("the pool holds %d readable images, not the %d asked for", size, wanted)
+            log.warning("only %d images could be chosen, not the %d asked for", size, wanted)
         if chosen.num_duplicates:
             log.warning(
                 "%d near-duplicates were left out (closer than selection.duplicate_distance=%g)",
@@ -305,6 +309,13 @@ class Probe:
                 size,
             )
         return chosen
+
+    def _in_oracle_domain(self) -> npt.NDArray[np.int64] | None:
+        if self.plan.strategy != "oracle":
+            return None
+        domains = enumerate(self.pool.domains)
+        found = [row for row, domain in domains if domain == self.plan.oracle_domain]
+        return np.array(found, np.int64)
 
     def _label(self, chosen: ChosenEmbeddings, planned: Sequence[Release]) -> Labels:
         return self.labeler.label(

@@ -172,7 +172,7 @@ def test_the_baselines_ask_nobody_for_counts(world, strategy):
 def test_more_images_than_there_are_is_said(world, caplog):
     result = world.probe(dataclasses.replace(PLAN, size=1000)).run()
     assert len(result.proxy_set) == 260
-    assert "260 readable images, not the 1000 asked for" in caplog.text
+    assert "only 260 images could be chosen, not the 1000 asked for" in caplog.text
 
 
 def test_near_duplicates_are_replaced_and_said(world, image_tree, caplog, tmp_path):

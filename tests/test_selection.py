@@ -161,6 +161,7 @@ def chosen(counts, assignments, embeddings, centroids, **changes):
         "noise_std": 5.0,
         "generator": generator(),
         "duplicate_distance": 0.0,
+        "among": np.arange(len(assignments)),  # for the oracle: all, unless a test says otherwise
     }
     return select(counts, assignments, embeddings, centroids, **{**options, **changes})
 
@@ -224,7 +225,7 @@ def test_the_oracle_draws_from_the_clients_domain_alone():
     assert len(found.indices) == 60
     assert set(found.indices.tolist()) <= set(rows.tolist())
     with pytest.raises(ValueError, match="needs the rows of the client's domain"):
-        chosen(None, *arguments, strategy="oracle")
+        chosen(None, *arguments, strategy="oracle", among=None)
 
 
 def test_a_core_that_is_too_small_is_taken_whole_and_the_next_densest_fill_up():
@@ -570,7 +571,7 @@ def test_random_goes_on_in_its_own_order():
 
 
 def test_mistakes_are_refused():
-    with pytest.raises(ValueError, match="one of ecos, random, all, not 'best'"):
+    with pytest.raises(ValueError, match="one of ecos, random, all, oracle, not 'best'"):
         chosen(None, *pool(), strategy="best")
     with pytest.raises(ValueError, match="ecos needs the client's noisy counts"):
         chosen(None, *pool())

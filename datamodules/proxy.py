@@ -243,7 +243,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         if self.mailbox is not None:
             return self.mailbox
 
-        def make() -> Any:
+        def make() -> Client:
             policy = ClientPolicy(
                 max_epsilon=self.plan.max_epsilon,
                 delta=self.plan.delta,
@@ -253,7 +253,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
                 encoder=self.plan.encoder,
             )
             folder = self.run_root / "clients" / fingerprint[:16]
-            return Client.simulated(folder, self._private(), policy).answer
+            return Client.simulated(folder, self._private(), policy)
 
         return InProcessMailbox(make, client_id=self._client_id())
 

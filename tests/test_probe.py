@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ class World:
                 client = Client.simulated(folder, self.private, policy)
                 return change(client.answer(query))
 
-            return InProcessMailbox(lambda: answer, client_id=client_id)
+            return InProcessMailbox(lambda: SimpleNamespace(answer=answer), client_id=client_id)
 
         labeler = labeler or PublicLabeler(CLASSES)
         return Probe(

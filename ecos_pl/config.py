@@ -231,6 +231,10 @@ class SelectionOptions:
     )
 
 
+_ASCENDING = (
+    lambda value: list(value) == sorted(set(value)) and all(epoch > 0 for epoch in value),
+    "a list of epochs above 0, ascending",
+)
 _NUM_DIMS = "dimensions of the space in which the client is asked"
 _NUM_VIEWS = (
     "random views per image that show which directions tell nothing of the class; 0: plain "
@@ -256,6 +260,16 @@ class ClientPrototypesOptions(Part):
         "privacy.max_epsilon",
         above=0,
     )
+    rounds: list[int] = option(
+        [],
+        "epochs before which the client is asked once more, in the space of the backbone as "
+        "trained so far, as in [3]; all releases are equally noisy and fit in privacy.max_epsilon",
+        rule=_ASCENDING,
+    )
+    round_features: str = option(
+        "final", "features of the trained backbone in those rounds", choices=("grid", "final")
+    )
+    round_num_dims: int = option(16, "dimensions of the space in those rounds", minimum=1)
 
 
 @dataclass

@@ -304,7 +304,7 @@ def _rounds(config: Config) -> RoundPlan | None:
     assert isinstance(options, ClientPrototypesOptions)
     if not options.rounds:
         return None
-    if not isinstance(task, SelfLabelingOptions) or config.train_on == "client":
+    if not isinstance(task, SelfLabelingOptions):
         raise ConfigError("labels.rounds goes with task=self_labeling on the proxy set")
     if task.backbone != config.encoder.name:
         raise ConfigError(
@@ -417,6 +417,8 @@ def _label_rounds(config: Config, folder: Path) -> LabelRounds | None:
     options = config.labels
     if not isinstance(options, ClientPrototypesOptions) or not options.rounds:
         return None
+    if config.train_on == "client":
+        raise ConfigError("labels.rounds goes with task=self_labeling on the proxy set")
     return LabelRounds(options.rounds, folder / "rounds")
 
 

@@ -267,9 +267,13 @@ class ClientPrototypesOptions(Part):
         rule=_ASCENDING,
     )
     round_features: str = option(
-        "final", "features of the trained backbone in those rounds", choices=("grid", "final")
+        "grid", "features of the trained backbone in those rounds", choices=("grid", "final")
     )
-    round_num_dims: int = option(16, "dimensions of the space in those rounds", minimum=1)
+    round_num_dims: int | None = option(
+        None,
+        "dimensions of the space in those rounds; null: as labels.num_dims",
+        minimum=1,
+    )
 
 
 @dataclass

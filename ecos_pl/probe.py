@@ -27,7 +27,7 @@ from ecos_pl.conversation import Conversation
 from ecos_pl.coverage import coverage_release
 from ecos_pl.encoder import EncoderSpec, describe, public_name
 from ecos_pl.images import PoolSource
-from ecos_pl.label_rounds import LabelRound, share_changed
+from ecos_pl.label_rounds import LabelRound, pooled, share_changed
 from ecos_pl.labeling import Labeler, LabelingTask, Labels
 from ecos_pl.mailbox import Mailbox
 from ecos_pl.messages import CoverageAnswer, CoverageQuery
@@ -230,18 +230,20 @@ class Probe:
         found: LabelRound | None = None
         with ranks.first() as is_first:
             if is_first:
-                before = dict(self._conversation.traffic)
+                traffic_before = dict(self._conversation.traffic)
                 self._conversation.send_model(backbone.read_bytes())
                 labels = self._label(chosen, self._planned_for_labels(), number)
                 traffic = self._conversation.traffic
+                earlier = result.proxy_set.targets
+                targets = pooled(earlier, labels.targets, number)
                 found = LabelRound(
                     number,
-                    labels.targets,
+                    targets,
                     labels.weights,
                     labels.releases,
                     labels.max_per_unit,
-                    {name: traffic[name] - before[name] for name in traffic},
-                    share_changed(result.proxy_set.targets, labels.targets),
+                    {name: traffic[name] - traffic_before[name] for name in traffic},
+                    share_changed(earlier, targets),
                 )
         return ranks.broadcast(found)
 

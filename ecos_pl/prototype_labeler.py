@@ -97,7 +97,10 @@ class PrototypeLabeler:
             MessageError: The client's answer does not fit the question or the plan.
         """
         plan = task.planned[task.number]
-        num_dims = self.rounds.num_dims if task.number and self.rounds else self.num_dims
+        num_dims = self.num_dims
+        if task.number:
+            assert self.rounds is not None
+            num_dims = self.rounds.num_dims or self.num_dims
         space = find_label_space(task, num_dims=num_dims, num_views=self.num_views)
         features = space.features
         query = PrototypeQuery(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +53,35 @@ def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             draw(kind, rng).save(root / folder / name)
     (root / "pool/clutter/checks/broken.png").write_bytes(b"not an image")
     return root
+
+
+@pytest.fixture
+def data(image_tree: Path) -> list[str]:
+    """The small images as settings of train.py."""
+    return ["data=folder", f"data.pool={image_tree}/pool", f"data.client={image_tree}/client"]
+
+
+@pytest.fixture
+def job(data, tmp_path, monkeypatch, capsys):
+    """Run train.main in this process, signalled at some training steps; (status, seen, stderr)."""
+    import train
+    from ecos_pl.modules.self_labeling import SelfLabelingModule
+
+    def call(run_id, *overrides, base, stop_at=(), by=signal.SIGTERM, kind=SelfLabelingModule):
+        seen = []
+        step = kind.training_step
+
+        def watched(module, batch, batch_idx):
+            if len(seen) in stop_at:
+                os.kill(os.getpid(), by)
+            seen.append((module.current_epoch, batch_idx, int(batch[0].sum())))
+            return step(module, batch, batch_idx)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "training_step", watched)
+            status = train.main(
+                [*base, *data, f"run_root={tmp_path}", f"run_id={run_id}", *overrides]
+            )
+        return status, seen, capsys.readouterr().err
+
+    return call

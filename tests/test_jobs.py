@@ -23,7 +23,6 @@ from rank_processes import run_ranks
 import train
 from datamodules.proxy import ProxySamplingDataModule
 from ecos_pl.config import load_config
-from ecos_pl.modules.self_labeling import SelfLabelingModule
 from ecos_pl.stopping import is_first_process
 
 ROOT = Path(train.__file__).parent
@@ -52,35 +51,6 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def data(image_tree):
-    return ["data=folder", f"data.pool={image_tree}/pool", f"data.client={image_tree}/client"]
-
-
-@pytest.fixture
-def job(data, tmp_path, monkeypatch, capsys):
-    """Run train.main in this process, signalled at some training steps; (status, seen, stderr)."""
-
-    def call(run_id, *overrides, stop_at=(), by=signal.SIGTERM, base=LOCAL):
-        seen = []
-        step = SelfLabelingModule.training_step
-
-        def watched(module, batch, batch_idx):
-            if len(seen) in stop_at:
-                os.kill(os.getpid(), by)
-            seen.append((module.current_epoch, batch_idx, int(batch[0].sum())))
-            return step(module, batch, batch_idx)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(SelfLabelingModule, "training_step", watched)
-            status = train.main(
-                [*base, *data, f"run_root={tmp_path}", f"run_id={run_id}", *overrides]
-            )
-        return status, seen, capsys.readouterr().err
-
-    return call
-
-
 def delivered(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
@@ -88,15 +58,15 @@ def delivered(folder: Path) -> bytes:
 @pytest.mark.parametrize("stops", [[3], [6, 2], [13]])
 def test_a_stopped_training_goes_on_with_the_next_batch(job, tmp_path, stops):
     """Stopped in an epoch, in its last batch, twice, in the last batch of all."""
-    _, wanted, _ = job("whole")
+    _, wanted, _ = job("whole", base=LOCAL)
     assert [place[:2] for place in wanted] == [(e, b) for e in range(2) for b in range(NUM_BATCHES)]
     seen = []
     for stop in stops:
-        status, part, err = job("stopped", stop_at=[stop])
+        status, part, err = job("stopped", stop_at=[stop], base=LOCAL)
         assert status == 143
         assert err == "stopped by SIGTERM; the same command goes on from here\n"
         seen += part
-    status, part, err = job("stopped")
+    status, part, err = job("stopped", base=LOCAL)
     assert (status, err) == (0, "")
     assert seen + part == wanted
     assert delivered(tmp_path / "stopped") == delivered(tmp_path / "whole")
@@ -315,7 +285,7 @@ def test_slurms_signal_requeues_the_job_in_training(job, cluster, tmp_path, monk
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # this is no srun task
-    status, _, err = job("run", stop_at=[2], by=signal.SIGUSR1)
+    status, _, err = job("run", stop_at=[2], by=signal.SIGUSR1, base=LOCAL)
     assert status == 143
     assert err.splitlines()[-1] == (
         "stopped by SIGUSR1; the same command goes on from here (SLURM job 70_4 is queued again)"
@@ -343,14 +313,14 @@ def test_slurms_signal_requeues_the_job_in_the_probe(job, cluster, tmp_path, mon
 def test_a_requeue_that_fails_is_told(job, cluster, monkeypatch, tmp_path):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    _, _, err = job("run", stop_at=[2], by=signal.SIGUSR1)
+    _, _, err = job("run", stop_at=[2], by=signal.SIGUSR1, base=LOCAL)
     assert "SLURM job 77 could not be requeued: " in err
 
 
 def test_outside_slurm_its_signal_stops_as_sigterm_does(job, monkeypatch):
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
-    status, _, err = job("run", stop_at=[2], by=signal.SIGUSR1)
+    status, _, err = job("run", stop_at=[2], by=signal.SIGUSR1, base=LOCAL)
     assert (status, err) == (143, "stopped by SIGUSR1; the same command goes on from here\n")
 
 
@@ -447,7 +417,7 @@ def test_the_scripts_can_be_read(tmp_path):
     ],
 )
 def test_a_strategy_that_cannot_be_is_one_line(job, overrides, words):
-    status, _, err = job("run", *overrides)
+    status, _, err = job("run", *overrides, base=LOCAL)
     assert status == 2
     assert words.lower() in err.lower()
     assert err.count("\n") == 1, err

@@ -95,8 +95,8 @@ class DeliveredModels:
             return
         try:
             yield from evaluation_lines(load_delivered(path), self._open_test())
-        except ValueError as error:
-            yield f"it cannot be tried: {error}"
+        except Exception as error:  # what others sent must not end the client's loop
+            yield f"it cannot be tried: {' '.join(str(error).split()) or type(error).__name__}"
 
     def _kept(self) -> list[Path]:
         files = [path for path in self._folder.glob("*-*") if path.suffix in _LOADERS]

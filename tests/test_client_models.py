@@ -95,6 +95,13 @@ def test_what_cannot_be_used_is_told_of_once_and_stops_nothing(box, model, model
     assert any("accuracy" in line for line in models.try_new(reader(box)))
 
 
+def test_a_model_that_cannot_run_stops_nothing(box, models, tmp_path):
+    net = create_backbone("test_vit", "random", image_size=160, num_classes=2)
+    save_model(tmp_path / "m", Classifier(net, "test_vit", 33, ["vertical", "horizontal"]))
+    deliver(box, (tmp_path / "m").read_bytes())
+    assert list(models.try_new(reader(box)))[-1].startswith("it cannot be tried: ")
+
+
 def test_a_model_that_comes_later_or_damaged_is_looked_at_again(box, model, models):
     deliver(box, model)
     (path,) = (box / "models").iterdir()

@@ -603,7 +603,7 @@ def test_serve_tries_a_delivered_model_and_evaluate_finds_it(home, capsys, tmp_p
     assert "on 30 images" in served
     assert max(map(len, served.splitlines()[2:])) <= 80
     _, again, _ = run("serve", home / "client", *key, *SERVE, capsys=capsys)
-    assert "delivered" not in again
+    assert "a model was delivered" not in again
     accuracy = served[served.index("accuracy") :].splitlines()[0]
     for source in ([], key):
         status, out, _ = run("evaluate", home / "client", *source, capsys=capsys)

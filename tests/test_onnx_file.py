@@ -8,6 +8,9 @@ import torch
 
 from ecos_pl.backbone import create_backbone
 from ecos_pl.classifier import Classifier
+from ecos_pl.client_models import load_delivered
+from ecos_pl.client_report import evaluation_lines
+from ecos_pl.images import scan_folder
 from ecos_pl.onnx_file import load_onnx
 
 onnx = pytest.importorskip("onnx")
@@ -62,6 +65,17 @@ def test_scores_are_those_of_the_network(tmp_path):
         32,
         "test_efficientnet",
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_tried_on_images_like_any_delivered_model(tmp_path, image_tree):
+    model = make(tmp_path / "m.onnx", header={"classes": ["vertical", "horizontal", "c"]})
+    model.classes = ["vertical", "horizontal", "c"]
+    source = scan_folder(image_tree / "client" / "test")
+    with torch.no_grad():
+        expected = list(evaluation_lines(model, source))
+    assert list(evaluation_lines(load_delivered(tmp_path / "m.onnx"), source)) == expected
+    assert expected[0].endswith("on 30 images")
 
 
 @pytest.mark.filterwarnings("ignore")

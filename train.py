@@ -61,9 +61,11 @@ if TYPE_CHECKING:
     from ecos_pl.images import PoolSource
     from ecos_pl.labeling import Labeler, RoundPlan
     from ecos_pl.mailbox import Mailbox
+    from ecos_pl.remote_mailbox import RemoteMailbox
 
 HERE = Path(__file__).resolve().parent
 CONFIG_DIR = HERE / "configs"
+_DELIVERED = ("model.safetensors",)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -179,6 +181,8 @@ def train(config: Config) -> dict[str, Any]:
         write_json(folder / "summary.json", summary)
         if datamodule.probe_result is not None:
             datamodule.probe_result.proxy_set.save(folder)
+        if _deliver(config, folder, summary):
+            write_json(folder / "summary.json", summary)
     if trainer.is_global_zero:
         print_summary(summary, folder)
     return summary
@@ -372,9 +376,10 @@ def _oracle_domain(config: Config, scenario: Scenario) -> str | None:
 
 
 def _mailbox(config: Config) -> Mailbox | None:
-    options = config.client
-    if not isinstance(options, MailboxOptions):
-        return None
+    return _remote_mailbox(config.client) if isinstance(config.client, MailboxOptions) else None
+
+
+def _remote_mailbox(options: MailboxOptions) -> RemoteMailbox:
     from ecos_pl.envelope import read_key_file
     from ecos_pl.remote_mailbox import RemoteMailbox
 
@@ -635,6 +640,7 @@ _MAY_CHANGE = (
     "devices",
     "num_nodes",
     "timeout_minutes",
+    "deliver",
 )
 
 
@@ -673,6 +679,33 @@ def _delivered(config: Config, scenario: Scenario, folder: Path, timer: Any) -> 
         if not timer.fit_seconds:  # the fit was in processes that have ended, or in an earlier call
             timer.load_state_dict(checkpoint["callbacks"][timer.state_key])
     return module
+
+
+def _deliver(
+    config: Config, folder: Path, summary: dict[str, Any], files: Sequence[str] = _DELIVERED
+) -> bool:
+    """Leave files of the run in the client's mailbox, each once; whether there was any to leave."""
+    options = config.client
+    if not isinstance(options, MailboxOptions) or not options.deliver:
+        return False
+    from ecos_pl.envelope import MessageError
+    from ecos_pl.message_store import MailboxError
+    from ecos_pl.summary import add_delivery
+
+    mailbox = _remote_mailbox(options)
+    for file in files:
+        try:
+            content = (folder / file).read_bytes()
+            num_bytes = mailbox.deliver(content, file=file, run_id=folder.name)
+        except MessageError as error:  # another try would not help; the run itself is whole
+            logging.getLogger(__name__).warning("%s stays in %s: %s", file, folder, error)
+            continue
+        except MailboxError as error:
+            raise MailboxError(
+                f"{error}; the run is whole in {folder}, and the same command delivers it"
+            ) from error
+        add_delivery(summary, file, num_bytes)
+    return True
 
 
 # --- what the terminal shows ---------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ecos_pl.backbone import WeightsError, backbone_names, weights_hash
 from ecos_pl.backbone_file import read_backbone
-from ecos_pl.encoder import FEATURES, Encoder, EncoderSpec
+from ecos_pl.encoder import FEATURES, Encoder, EncoderSpec, FeaturesError
 from ecos_pl.envelope import MessageError
 from ecos_pl.mailbox import MissingModelError
 from ecos_pl.messages import Encoding
@@ -101,8 +101,12 @@ class AdaptedEncoders:
         except NotPerSampleError as error:
             path.unlink()
             raise MessageError(f"the model that the cloud sent is refused: {error}") from error
-        except ValueError as error:  # the architecture does not give these features
+        except FeaturesError as error:
             raise MessageError(str(error)) from error
+        except Exception as error:  # whatever a timm network raises at a size it cannot take
+            raise MessageError(
+                f"this client cannot run {spec.name} at {spec.image_size} px"
+            ) from error
         self._sound.add(spec.key)
 
     def _make_room(self) -> None:

@@ -4,7 +4,7 @@
     ecos-client serve DIR --mailbox URL     answer queries as they come
     ecos-client ledger DIR                  what was released so far
     ecos-client inspect FILE                any message, in words
-    ecos-client evaluate DIR --model FILE   try a delivered model on the client's own test images
+    ecos-client evaluate DIR                try a delivered model on the client's own test images
     ecos-client key FILE                    make a key to share with the cloud's side
 
 It needs neither lightning nor wandb nor any pool.
@@ -18,8 +18,13 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ecos_pl.client_policy import ClientPolicy
+
+if TYPE_CHECKING:
+    from ecos_pl.client_models import DeliveredModels
+    from ecos_pl.remote_mailbox import ClientMailbox
 
 DEFAULTS = ClientPolicy()
 
@@ -79,10 +84,7 @@ def _init(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from ecos_pl.client_serve import Person, serve
     from ecos_pl.client_setup import open_client
-    from ecos_pl.envelope import read_key_file
-    from ecos_pl.remote_mailbox import ClientMailbox
 
-    key = read_key_file(options.key_file) if options.key_file else None
     client = open_client(
         options.folder,
         device=options.device,
@@ -92,7 +94,7 @@ def _serve(options: argparse.Namespace) -> int:
     has_terminal = sys.stdin.isatty()
     if client.policy.confirm and not has_terminal:
         raise ValueError("the policy says confirm: true, and no terminal is there to say yes at")
-    mailbox = ClientMailbox(options.mailbox, sender=options.sender, key=key)
+    mailbox = _mailbox(options, sender=options.sender)
     stop = threading.Event()
 
     def ask(question: str) -> bool:
@@ -117,8 +119,9 @@ def _serve(options: argparse.Namespace) -> int:
         once=options.once,
         poll_s=options.poll_seconds,
         adapted_s=options.adapted_seconds,
-        signed=key is not None,
+        signed=options.key_file is not None,
         stop=stop,
+        delivered=_delivered(options.folder),
     )
     print("stopped")
     return 0
@@ -145,13 +148,33 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from ecos_pl.client_data import ClientData
+    from ecos_pl.client_models import load_delivered
     from ecos_pl.client_report import evaluation_lines
-    from ecos_pl.model_file import load_model
 
-    source = ClientData.load(options.folder).open_test()
-    for line in evaluation_lines(load_model(options.model), source):
+    source, path = ClientData.load(options.folder).open_test(), options.model
+    if path is None:
+        mailbox = _mailbox(options, sender="client") if options.mailbox else None
+        path = _delivered(options.folder).newest(mailbox)
+        print(path)
+    for line in evaluation_lines(load_delivered(path), source):
         print(line)
     return 0
+
+
+def _mailbox(options: argparse.Namespace, sender: str) -> ClientMailbox:
+    from ecos_pl.envelope import read_key_file
+    from ecos_pl.remote_mailbox import ClientMailbox
+
+    key = read_key_file(options.key_file) if options.key_file else None
+    return ClientMailbox(options.mailbox, sender=sender, key=key)
+
+
+def _delivered(folder: Path) -> DeliveredModels:
+    from ecos_pl.client_data import ClientData
+    from ecos_pl.client_models import DeliveredModels
+
+    about = ClientData.load(folder)
+    return DeliveredModels(folder / "models", about.open_test if about.test is not None else None)
 
 
 def _key(options: argparse.Namespace) -> int:
@@ -247,7 +270,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="a delivered model on the client's test images")
     evaluate.set_defaults(run=_evaluate)
     _folder(evaluate)
-    evaluate.add_argument("--model", type=Path, required=True, metavar="FILE")
+    which = evaluate.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="model.safetensors or .onnx (default: the one that serve fetched last)",
+    )
+    which.add_argument("--mailbox", metavar="URL", help="fetch the one delivered last")
+    evaluate.add_argument("--key-file", type=Path, help="key shared with the cloud's side")
 
     key = commands.add_parser("key", help="make a key to share with the cloud's side")
     key.set_defaults(run=_key)

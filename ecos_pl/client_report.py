@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ecos_pl.accounting import PrivacyStatement, epsilon_of
-from ecos_pl.classifier import Classifier
 from ecos_pl.client_policy import ClientPolicy
 from ecos_pl.envelope import MAX_BYTES, MessageError, is_signed, unseal
 from ecos_pl.image_reader import SourceDataset
@@ -77,13 +78,48 @@ def message_lines(path: Path) -> Iterator[str]:
         signed = "signed (not checked here)" if is_signed(content) else "not signed"
         yield f"sealed, whole, {signed}, from {sender!r}"
     yield f"payload id {query_id_of(payload)}"
-    yield from describe_message(payload)
+    try:
+        yield from describe_message(payload)
+    except MessageError:
+        lines = _model_lines(payload)
+        if not lines:
+            raise
+        yield from lines
+
+
+def _model_lines(payload: bytes) -> list[str]:
+    """What a model's file says of itself; nothing if it is none."""
+    try:
+        length = int.from_bytes(payload[:8], "little")
+        header = json.loads(payload[8 : 8 + length])
+        about = header.pop("__metadata__")
+        ((name, text),) = about.items()
+        facts = {**json.loads(text), "tensors": len(header)}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return ["an ONNX model, as it seems"] if payload[:1] == b"\x08" else []
+    shown = [
+        f"  {key!s:20} {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()
+    ]
+    lines = ["a model file", *shown] if name in ("ecos_pl", "ecos_backbone") else []
+    return ["".join(c if c.isprintable() else "?" for c in line)[:200] for line in lines]
+
+
+class Scorer(Protocol):
+    """A delivered model of whatever kind."""
+
+    @property
+    def classes(self) -> list[str]: ...  # noqa: D102
+
+    @property
+    def image_size(self) -> int: ...  # noqa: D102
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Class scores [B, K] of images [B, 3, S, S] uint8."""
+        ...
 
 
 @torch.inference_mode()
-def evaluation_lines(
-    model: Classifier, source: ImageSource, *, batch_size: int = 256
-) -> Iterator[str]:
+def evaluation_lines(model: Scorer, source: ImageSource, *, batch_size: int = 256) -> Iterator[str]:
     """Accuracy of a model on the client's own test images; for the client's eyes alone.
 
     Raises:

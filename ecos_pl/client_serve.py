@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ecos_pl.client import Client, Request, UnknownEncoderError
+from ecos_pl.client_models import DeliveredModels
 from ecos_pl.encoder import EncoderSpec
 from ecos_pl.envelope import MessageError
 from ecos_pl.ledger import QueryRefusedError
@@ -46,6 +47,7 @@ def serve(
     signed: bool,
     stop: threading.Event,
     adapted_s: float = 30.0,
+    delivered: DeliveredModels | None = None,
 ) -> None:
     """Answer queries as they come, until ``stop`` is set.
 
@@ -63,6 +65,7 @@ def serve(
         signed: Whether a shared key proves who asks.
         stop: Ends the loop after the answer in progress.
         adapted_s: See above; seconds, more than embedding all images takes.
+        delivered: Takes the models that come; None leaves them in the mailbox.
 
     Raises:
         LedgerError: The ledger cannot be used; what was charged stays so, nothing else is lost.
@@ -77,6 +80,8 @@ def serve(
                 if stop.is_set():
                     return
                 desk.handle(query_id)
+            if delivered is not None:
+                desk.try_delivered(delivered)
             reached = True
         except MailboxError as error:
             if not reached or once:
@@ -151,6 +156,19 @@ class _Desk:
         self._pause(start, self.adapted_s if adapted else self.poll_s)
         self.mailbox.publish_answer(query_id, answer)
         self.person.tell("          answered")
+
+    def try_delivered(self, delivered: DeliveredModels) -> None:
+        """Show how well delivered models do here; nothing of it is sent.
+
+        The next look comes at a multiple of ``adapted_s``: what is asked meanwhile must not wait
+        for as long as trying took, which would tell how many test images there are.
+        """
+        start, told = time.monotonic(), False
+        for line in delivered.try_new(self.mailbox):
+            self.person.tell(f"          {line}" if told else f"{_now()}  {line}")
+            told = True
+        if told and not self.once:
+            self._pause(start, self.adapted_s)
 
     def _read(self, payload: bytes) -> Request:
         try:

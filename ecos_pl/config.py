@@ -148,6 +148,9 @@ class MailboxOptions(Part):
     poll_seconds: float = option(
         60.0, "longest time between two looks into the mailbox", minimum=0.05
     )
+    deliver: bool = option(
+        True, "leave the trained model in the mailbox: ecos-client serve tries it on its own images"
+    )
 
 
 @dataclass

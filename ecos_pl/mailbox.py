@@ -99,6 +99,10 @@ class Traffic:
         """Of their answers."""
         return sum(received for _, received in self._sizes.values())
 
+    def size_sent(self, message_id: str) -> int:
+        """Bytes of one query or model."""
+        return self._sizes[message_id][0]
+
     def count(self, query_id: str, sent: int, received: int) -> None:
         """Note an exchange, in bytes."""
         self._sizes[query_id] = (sent, received)

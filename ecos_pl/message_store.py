@@ -21,7 +21,7 @@ from ecos_pl.envelope import MessageError
 from ecos_pl.printable_url import printable_url, without_secrets
 from ecos_pl.storage import write_bytes
 
-Folder = Literal["queries", "answers", "refusals", "models"]
+Folder = Literal["queries", "answers", "refusals", "models", "deliveries"]
 
 # Stores where a put either happens as a whole or not at all.
 _WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"}
@@ -47,9 +47,10 @@ class MailboxError(ValueError):
 
 
 class MessageStore:
-    """The folders of a mailbox: ``<url>/{queries,answers,refusals,models}/<id>.ecos``.
+    """The folders of a mailbox: ``<url>/{queries,answers,…}/<id>.ecos``, see ``Folder``.
 
-    An id is that of a query, or of a model: the first half of the SHA-256 of its bytes.
+    An answer or refusal lies under its query's id, all else under its own: the first half of the
+    SHA-256 of its bytes.
 
     Args:
         url: A path, or any URL that fsspec understands, chained ones too.

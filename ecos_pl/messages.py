@@ -24,6 +24,7 @@ __all__ = [
     "Answer",
     "CoverageAnswer",
     "CoverageQuery",
+    "Delivery",
     "Encoding",
     "MessageError",
     "PrototypeAnswer",
@@ -225,6 +226,25 @@ class Refusal(Message):
     kind: ClassVar[str] = "refusal"
     query_id: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Delivery(Message):
+    """A trained model lies in the mailbox: for the client to fetch and try, asking nothing."""
+
+    kind: ClassVar[str] = "delivery"
+    run_id: str
+    file: str  # its name in the run folder, model.safetensors or model.int8.onnx say
+    size: int  # bytes
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not (0 < len(self.run_id) <= 200 and self.run_id.isprintable()):
+            raise MessageError("a delivery's run_id must be 1 to 200 printable characters")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}\.(safetensors|onnx)", self.file, re.ASCII):
+            raise MessageError("a delivered file must be NAME.safetensors or NAME.onnx")
+        if not is_sha256(self.sha256) or self.size < 1:
+            raise MessageError("a delivery must tell its file's size and SHA-256")
 
 
 Query = CoverageQuery | PrototypeQuery | TableQuery | VoteQuery

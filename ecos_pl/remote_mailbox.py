@@ -6,6 +6,7 @@ Neither side accepts a connection, and both may stop and come back at any time.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from ecos_pl import envelope
 from ecos_pl.envelope import MessageError, seal, unseal
 from ecos_pl.mailbox import DeadlineError, MailboxError, RefusedError, Traffic
 from ecos_pl.message_store import Folder, MessageStore
-from ecos_pl.messages import ANSWERS, Answer, Refusal, kind_of, query_id_of
+from ecos_pl.messages import ANSWERS, Answer, Delivery, Refusal, kind_of, query_id_of
 from ecos_pl.waiting import since_text, waiting_line
 
 MAX_REASON = 500
@@ -97,6 +98,30 @@ class RemoteMailbox(Traffic):
         _publish(self._store, "models", model_id, sealed, self._key)
         self.count(model_id, len(sealed), 0)
         return model_id
+
+    def deliver(self, content: bytes, *, file: str, run_id: str) -> int:
+        """Leave a trained model for the client, with a note that says so; each is written once.
+
+        Args:
+            content: The model's file.
+            file: Its name.
+            run_id: Of which run it is.
+
+        Returns:
+            Bytes of model and note, as they travel.
+
+        Raises:
+            MessageError: The model is too large, or its name odd.
+            MailboxError: It cannot be written.
+        """
+        sha256 = hashlib.sha256(content).hexdigest()
+        note = Delivery(run_id=run_id, file=file, size=len(content), sha256=sha256).to_bytes()
+        note_id = query_id_of(note)
+        model_id = self.send_model(content)
+        sealed = seal(note, sender=self._sender, key=self._key)
+        _publish(self._store, "deliveries", note_id, sealed, self._key)
+        self.count(note_id, len(sealed), 0)
+        return self.size_sent(model_id) + self.size_sent(note_id)
 
     def _wait(self, query_id: str) -> tuple[bytes, bytes]:
         """Look with growing pauses until an answer or a refusal lies there."""
@@ -223,11 +248,29 @@ class ClientMailbox:
         """
         content = self._store.read("models", model_id)
         if content is None:
-            raise MessageError("the model that the query uses is not in the mailbox")
+            raise MessageError("the model is not in the mailbox")
         payload, _ = unseal(content, key=self._key)
         if query_id_of(payload) != model_id:
             raise MessageError("the model lies under a name that is not its own")
         return payload
+
+    def delivered_models(self) -> list[str]:
+        """Ids of the notes about delivered models, oldest first where the store tells."""
+        return self._store.query_ids("deliveries")
+
+    def read_delivery(self, delivery_id: str) -> Delivery:
+        """A note about a delivered model; ``read_model`` gives the model itself.
+
+        Raises:
+            MessageError: As `read_query`.
+        """
+        content = self._store.read("deliveries", delivery_id)
+        if content is None:
+            raise MessageError("the delivery is no longer in the mailbox")
+        payload, _ = unseal(content, key=self._key)
+        if query_id_of(payload) != delivery_id:
+            raise MessageError("the delivery lies under a name that is not its own")
+        return Delivery.from_bytes(payload)
 
     def publish_answer(self, query_id: str, payload: bytes) -> None:
         """Leave an answer in the mailbox, unless it lies there."""

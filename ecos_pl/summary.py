@@ -72,6 +72,12 @@ def summarise(
     return summary
 
 
+def add_delivery(summary: dict[str, Any], file: str, num_bytes: int) -> None:
+    """Note a model that was left in the client's mailbox; its bytes count as sent."""
+    summary.setdefault("delivered", {})[file] = num_bytes
+    summary["communication"]["bytes_down"] += num_bytes
+
+
 def _rounded(number: float | None, digits: int) -> float | None:
     return None if number is None else round(number, digits)
 
@@ -122,6 +128,10 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
             f"{sent['bytes_down'] / 1000:,.1f} kB down, {sent['bytes_up'] / 1000:,.1f} kB up, "
             f"{sent['round_trips']} round trips",
         )
+        for file, num_bytes in summary.get("delivered", {}).items():
+            table.add_row(
+                "delivered", f"{file} into the mailbox, {num_bytes / 1000:,.1f} kB of that"
+            )
     else:
         table.add_row("trained on", "the client's own images, on the client's side")
     if known["test_accuracy"] is not None:

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load, save
 
 from ecos_pl import adapted_encoders
+from ecos_pl.adapted_encoders import AdaptedEncoders
 from ecos_pl.backbone_file import backbone_bytes, save_adapted
 from ecos_pl.client import Client
 from ecos_pl.client_policy import ClientPolicy
-from ecos_pl.encoder import Encoder, public_name
+from ecos_pl.encoder import Encoder, EncoderSpec, public_name
 from ecos_pl.envelope import MessageError
 from ecos_pl.images import scan_folder
 from ecos_pl.mailbox import InProcessMailbox, MissingModelError
@@ -224,6 +225,19 @@ def test_few_backbones_are_kept_with_their_embeddings(make_client, tmp_path, mon
     with pytest.raises(MissingModelError):
         client.answer(query_for(specs[0]))
     assert not list(client.images.folder.glob("embeddings-*"))
+
+
+def test_a_size_that_the_architecture_cannot_take_is_refused(tmp_path):
+    spec = EncoderSpec("test_vit", "random", 160)
+    adapted = save_adapted(trained("test_vit", size=160), spec, tmp_path / "b.safetensors")
+    encoders = AdaptedEncoders(tmp_path / "adapted")
+    encoders.adopt(content_of(adapted), {"test_vit"})
+    small = dataclasses.replace(adapted, image_size=33)
+    query = CoverageQuery.from_bytes(query_for(small))
+    with pytest.raises(MessageError, match="cannot run test_vit at 33 px"):
+        encoders.spec_for(query, {"test_vit"})
+    kept = encoders.spec_for(CoverageQuery.from_bytes(query_for(adapted)), {"test_vit"})
+    assert kept.fingerprint() == adapted.fingerprint()
 
 
 def test_grid_features_of_a_trained_backbone_are_answered_for(make_client, adapted):

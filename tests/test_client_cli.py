@@ -386,7 +386,7 @@ def test_a_backbone_that_the_cloud_trained_is_fetched_told_of_and_kept(home, cap
         "serve", home / "client", "--mailbox", home / "box", *ADAPTED, capsys=capsys
     )
     assert status == 0
-    assert "with a backbone that the cloud has trained further (0.9 MB)" in out
+    assert f"the cloud has trained further ({len(model) / 1e6:.1f} MB)" in out
     assert "costs ε 0.727" in out
     assert max(map(len, out.splitlines()[2:])) <= 80
     assert CoverageAnswer.from_bytes(ask(home, query))
@@ -587,6 +587,66 @@ def test_a_delivered_model_is_tried_on_the_clients_own_images(home, capsys, tmp_
     status, _, err = run(*command, capsys=capsys)
     assert status == 2
     assert "cannot be read as a delivered model" in err
+
+
+def test_serve_tries_a_delivered_model_and_evaluate_finds_it(home, capsys, tmp_path):
+    net = create_backbone("mobilenetv3_small_050", "random", image_size=32, num_classes=2).eval()
+    model = Classifier(net, "mobilenetv3_small_050", 32, ["vertical", "horizontal"])
+    save_model(tmp_path / "m", model)
+    new_key_file(tmp_path / "key")
+    cloud = RemoteMailbox(str(home / "box"), sender="lab", key=read_key_file(tmp_path / "key"))
+    cloud.deliver((tmp_path / "m").read_bytes(), file="model.safetensors", run_id="a" * 200)
+    sealed = {path: path.read_bytes() for path in home.glob("box/*/*")}
+    key = ["--mailbox", home / "box", "--key-file", tmp_path / "key"]
+    _, served, _ = run("serve", home / "client", *key, *SERVE, capsys=capsys)
+    assert "a model was delivered, of run aaa" in served
+    assert "on 30 images" in served
+    assert max(map(len, served.splitlines()[2:])) <= 80
+    _, again, _ = run("serve", home / "client", *key, *SERVE, capsys=capsys)
+    assert "a model was delivered" not in again
+    accuracy = served[served.index("accuracy") :].splitlines()[0]
+    for source in ([], key):
+        status, out, _ = run("evaluate", home / "client", *source, capsys=capsys)
+        assert status == 0
+        assert accuracy in out
+    assert {path: path.read_bytes() for path in home.glob("box/*/*")} == sealed  # nothing went back
+    for path in sealed:
+        status, out, _ = run("inspect", path, capsys=capsys)
+        assert status == 0
+        kind = "a model file" if path.parent.name == "models" else "delivery (version 2)"
+        assert kind in out
+        assert out.replace("\n", "").isprintable()
+
+
+def test_where_nothing_was_delivered_evaluate_says_so(home, capsys):
+    status, _, err = run("evaluate", home / "client", capsys=capsys)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "no model was delivered to this client yet" in err
+    status, _, err = run("evaluate", home / "client", "--mailbox", home / "box", capsys=capsys)
+    assert status == 2
+    assert "no model was delivered yet at" in err
+
+
+def test_what_is_asked_while_a_model_is_tried_waits_a_public_time(home, tmp_path):
+    """How long trying took would tell how many test images there are."""
+    from ecos_pl.client_models import DeliveredModels
+    from ecos_pl.client_serve import Person, serve
+
+    RemoteMailbox(str(home / "box"), sender="lab").deliver(b"x", file="m.onnx", run_id="r")
+    waits = []
+
+    class Waits(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            self.set()
+            return True
+
+    mailbox = ClientMailbox(str(home / "box"), sender="client")
+    options = {"once": False, "poll_s": 0.1, "adapted_s": 500.0, "signed": False, "stop": Waits()}
+    models = DeliveredModels(home / "client" / "models", None)
+    client = open_client(home / "client")
+    serve(client, mailbox, Person(lambda line: None), delivered=models, **options)
+    assert 400 < waits[0] < 500
 
 
 def test_a_model_of_other_classes_says_so(home, capsys, tmp_path):

@@ -50,6 +50,7 @@ def parties(image_tree, tmp_path_factory):
     assert client_main(["key", str(root / "key")]) == 0
     serve = [sys.executable, "-m", "ecos_pl.client_cli", "serve", str(client)]
     serve += ["--mailbox", str(root / "box"), "--key-file", str(root / "key")]
+    serve += ["--adapted-seconds", "0.1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = (private / "serve.log").open("wb")
     with subprocess.Popen(
@@ -57,6 +58,10 @@ def parties(image_tree, tmp_path_factory):
     ) as server:
         tracking = ["logger=wandb", "logger.mode=offline"]
         status = train.main(command_line(root, image_tree, *tracking))
+        deadline = time.monotonic() + 60
+        while "on 30 images" not in (private / "serve.log").read_text():
+            assert time.monotonic() < deadline, (private / "serve.log").read_text()
+            time.sleep(0.1)
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0, (private / "serve.log").read_text()
     assert status == 0
@@ -94,7 +99,11 @@ def test_the_run_is_whole_though_the_clients_images_are_elsewhere(parties):
     queries = list((parties / "box" / "queries").iterdir())
     answers = list((parties / "box" / "answers").iterdir())
     assert sizes["round_trips"] == len(queries) == len(answers) == 2
-    assert sizes["bytes_down"] == sum(path.stat().st_size for path in queries)
+    delivered = [*(parties / "box" / "models").iterdir(), *(parties / "box/deliveries").iterdir()]
+    assert len(delivered) == 2
+    num_bytes = sum(path.stat().st_size for path in delivered)
+    assert summary["delivered"] == {"model.safetensors": num_bytes}
+    assert sizes["bytes_down"] == sum(path.stat().st_size for path in queries) + num_bytes
     assert sizes["bytes_up"] == sum(path.stat().st_size for path in answers)
 
 
@@ -108,10 +117,20 @@ def test_the_clients_ledger_says_what_the_cloud_says(parties):
 
 @pytest.mark.slow
 def test_the_delivered_model_runs_on_the_clients_side(parties, capsys):
+    """As serve fetched it, as it lies in the mailbox, and as a file: one model, one accuracy."""
     client = parties / f"private-{MARKER}" / "client"
     model = parties / "runs" / "run" / "model.safetensors"
-    assert client_main(["evaluate", str(client), "--model", str(model)]) == 0
-    assert "on 30 images" in capsys.readouterr().out
+    (kept,) = (client / "models").iterdir()
+    assert kept.read_bytes() == model.read_bytes()
+    log = (client.parent / "serve.log").read_text()
+    assert "a model was delivered, of run run" in log
+    mailbox = ["--mailbox", str(parties / "box"), "--key-file", str(parties / "key")]
+    for source in ([], mailbox, ["--model", str(model)]):
+        assert client_main(["evaluate", str(client), *source]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
+        assert lines[0].endswith("on 30 images")
+        assert lines[0] in log
+    assert not list((parties / "runs").rglob("*test_accuracy*"))
 
 
 @pytest.mark.slow
@@ -139,12 +158,65 @@ def test_nothing_private_is_in_the_mailbox_or_on_the_clouds_side(parties):
 
 
 @pytest.mark.slow
-def test_a_second_run_asks_nobody(parties, image_tree):
+def test_a_run_that_ended_before_its_delivery_delivers_when_called_again(
+    parties, image_tree, capsys
+):
+    """Killed in between: the training is on disk, the model is not in the mailbox."""
+    tracking = ["logger=wandb", "logger.mode=offline"]
+    box, summary_path = parties / "box", parties / "runs/run/summary.json"
+    (model,), (note,) = (list((box / name).iterdir()) for name in ("models", "deliveries"))
+    before, summary = (model.read_bytes(), note.read_bytes()), json.loads(summary_path.read_text())
+    model.unlink()
+    note.unlink()
+    summary_path.unlink()
+    capsys.readouterr()
+    assert train.main(command_line(parties, image_tree, *tracking)) == 0
+    assert "delivered" in capsys.readouterr().out
+    assert (model.read_bytes(), note.read_bytes()) == before
+    again = json.loads(summary_path.read_text())
+    for part in ("communication", "delivered"):
+        assert again[part] == summary[part]
+    times = model.stat().st_mtime_ns, note.stat().st_mtime_ns
+    assert train.main(command_line(parties, image_tree, *tracking)) == 0
+    assert (model.stat().st_mtime_ns, note.stat().st_mtime_ns) == times
+
+
+@pytest.mark.slow
+def test_a_second_run_asks_nobody_and_delivers_only_if_wanted(parties, image_tree):
     shutil.rmtree(parties / "runs" / "run")
-    assert train.main(command_line(parties, image_tree, "trainer.max_epochs=1")) == 0
+    notes = sorted((parties / "box" / "deliveries").iterdir())
+    short = ["trainer.max_epochs=1", "client.deliver=false"]
+    assert train.main(command_line(parties, image_tree, *short)) == 0
     summary = json.loads((parties / "runs/run/summary.json").read_text())
     assert summary["proxy"]["from_disk"]
     assert summary["privacy"]["spent_by_this_run"] == 0
+    assert "delivered" not in summary
+    assert sorted((parties / "box" / "deliveries").iterdir()) == notes
+    assert train.main(command_line(parties, image_tree, "trainer.max_epochs=1")) == 0
+    assert len(list((parties / "box" / "deliveries").iterdir())) == len(notes) + 1
+
+
+@pytest.mark.slow
+def test_a_mailbox_that_cannot_take_the_model_loses_nothing(
+    parties, image_tree, capsys, caplog, monkeypatch
+):
+    from ecos_pl import envelope
+
+    shutil.rmtree(parties / "runs" / "run")
+    arguments = command_line(parties, image_tree, "trainer.max_epochs=1")
+    moved = (parties / "box" / "models").rename(parties / "box" / "aside")
+    (parties / "box" / "models").write_bytes(b"a file where the folder should be")
+    assert train.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "the same command delivers it" in err
+    assert (parties / "runs/run/summary.json").is_file()
+    assert (parties / "runs/run/model.safetensors").is_file()
+    (parties / "box" / "models").unlink()
+    moved.rename(parties / "box" / "models")
+    monkeypatch.setattr(envelope, "MAX_BYTES", 1_000_000)
+    assert train.main(arguments) == 0
+    assert "too large for a mailbox" in caplog.text
+    assert "delivered" not in json.loads((parties / "runs/run/summary.json").read_text())
 
 
 @pytest.mark.slow

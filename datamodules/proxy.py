@@ -28,6 +28,7 @@ from ecos_pl.privacy import MIN_NOISE_STD
 from ecos_pl.probe import Probe, ProbePlan
 from ecos_pl.probe_result import ProbeResult
 from ecos_pl.ranks import Ranks
+from ecos_pl.relabeling import Relabeler
 
 MIN_SIMULATED_MULTIPLIER = 0.05
 """Noise below which a simulated client refuses: its ε is limited by the plan's max_epsilon."""
@@ -118,6 +119,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         plan: The probe's plan.
         labeler: Who labels the proxy set.
         view: How images reach the training step.
+        relabeler: Lays other labels over the probe's; None keeps those.
         run_root: Folder that holds the cache and the simulated clients.
         mailbox: The way to a client elsewhere; None simulates one from the scenario's images.
         cache_dir: For probe results; None for ``run_root/cache``. On a disk that all ranks see.
@@ -140,6 +142,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         labeler: Labeler,
         view: TrainingView,
         *,
+        relabeler: Relabeler | None = None,
         run_root: Path,
         mailbox: Mailbox | None = None,
         cache_dir: Path | None = None,
@@ -150,6 +153,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.scenario, self.plan, self.labeler, self.view = scenario, plan, labeler, view
+        self.relabeler = relabeler
         self.run_root, self.cache_dir = run_root, cache_dir or run_root / "cache"
         self.mailbox, self.given_embeddings = mailbox, given_embeddings
         self.prepare_data_per_node = False  # all nodes see one disk
@@ -215,7 +219,8 @@ class ProxySamplingDataModule(L.LightningDataModule):
             num_workers=default_workers(self.embed_workers, trainer.num_devices if trainer else 1),
         )
         with Ranks.of_processes() as ranks:
-            return probe.run(ranks)
+            result = probe.run(ranks)
+            return result if self.relabeler is None else self.relabeler.apply(result, ranks)
 
     def _given_by_part(self) -> Mapping[str, Path]:
         given, parts = self.given_embeddings, self.scenario.pool.parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +139,24 @@ def _sha256(votes: Votes) -> str:
 
 
 def _what_to_do(job: AnnotationJob, folder: Path) -> str:
-    """What the terminal shows, at most 80 columns wide but for the folder's own length."""
-    return "\n".join(
-        [
-            "the proxy set is chosen, and awaits its labels",
-            f"  to label   {len(job.rows):,} images in {job.num_batches:,} batches (or fewer)",
-            f"  price      {job.price_in_words()}",
-            f"  privacy    {job.result.statement}",
-            f"  where      {folder}",
-            "  how        fill in the column label of labels.csv, or use Label Studio",
-            "             with tasks.json and label_config.xml: README.md says how",
-            "  then       put exported labels there too, and call the same command again",
-        ]
-    )
+    """What the terminal shows; only a long path makes it wider than 80 columns."""
+    facts = {
+        "to label": f"{len(job.rows):,} images in {job.num_batches:,} batches (or fewer)",
+        "price": job.price_in_words(),
+        "privacy": str(job.result.statement),
+        "where": str(folder),
+        "how": "fill in the column label of labels.csv, or use Label Studio with tasks.json and "
+        "label_config.xml: README.md says how",
+        "then": "put exported labels there too, and call the same command again",
+    }
+    lines = ["the proxy set is chosen, and awaits its labels"]
+    for name, text in facts.items():
+        lines += textwrap.wrap(
+            text,
+            width=80,
+            initial_indent=f"  {name:<11}",
+            subsequent_indent=" " * 13,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)

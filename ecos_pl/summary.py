@@ -100,7 +100,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
                 "purity*", f"{known['purity']:.3f} (random: {known['random_purity']:.3f})"
             )
         if proxy["num_labelled"] < proxy["size"]:
-            table.add_row("labels", f"of {proxy['num_labelled']:,} images")
+            table.add_row("labels", f"{proxy['num_labelled']:,} of {proxy['size']:,} images")
         if known["label_accuracy"] is not None:
             table.add_row("label accuracy*", f"{known['label_accuracy']:.3f}")
         for number, one in enumerate(summary["rounds"], 1):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from job_processes import nursery_in
 from test_train import SMALL
 
 import train
@@ -23,7 +24,8 @@ def run(image_tree, tmp_path, capsys, caplog):
         argv = [*SMALL, *data, "data.client_domain=bars", f"run_root={tmp_path}", "labels=human"]
         argv += [f"run_id={run_id}", "labels.batch_size=8", "task.unlabeled_ratio=1", "logger=none"]
         caplog.clear()
-        status = train.main([*argv, "trainer.max_epochs=1", *overrides])
+        argv += ["trainer.limit_train_batches=2", "trainer.max_epochs=1"]
+        status = train.main([*argv, *overrides])
         out, err = capsys.readouterr()
         summary = tmp_path / run_id / "summary.json"
         return SimpleNamespace(
@@ -153,3 +155,22 @@ def test_what_is_about_the_job_alone_leaves_the_run_its_name(tmp_path):
         "labels.returned=x.csv", "labels.annotators=3", "labels.price_per_label=1"
     )
     assert name() != name("labels.num_images=100")
+
+
+@pytest.mark.slow
+def test_two_processes_wait_and_go_on_together(image_tree, tmp_path):
+    data = ["data=folder", f"data.pool={image_tree}/pool", f"data.client={image_tree}/client"]
+    argv = [*SMALL, *data, "labels=human", f"run_root={tmp_path}", "run_id=run", "logger=none"]
+    argv += ["task.unlabeled_ratio=1", "task.batch_size=8", "trainer.max_epochs=1"]
+    argv += ["trainer.devices=2", "trainer.strategy=ddp", "trainer.enable_progress_bar=false"]
+    with nursery_in(tmp_path) as nursery:
+        jobs = nursery.ranks(argv, 2)
+        assert [one.wait() for one in jobs] == [0, 0], [one.text() for one in jobs]
+        said = [one.text() for one in jobs]
+        assert ["awaits its labels" in text for text in said] == [True, False]
+        assert "Traceback" not in "".join(said)
+        fill(tmp_path / "run/annotation", 40)
+        jobs = nursery.ranks(argv, 2)
+        assert [one.wait() for one in jobs] == [0, 0], [one.text() for one in jobs]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 0 < summary["proxy"]["num_labelled"] <= 40

@@ -5,7 +5,8 @@ python benchmarks/label_outsourcing.py --sizes 50 1000 --seeds 1 --data mnist_fa
 
 The pool's own annotations play the annotators (`labels=public labels.num_images=N`). Both proxy
 sets have the same size; of each, the first N images in the order of `labels=human` get labels, and
-the others train without (FixMatch). Images of no class of the client's cost a label all the same.
+the others train without (FixMatch), all for the same number of steps. An image of no class of the
+client's takes up one of the N answers all the same.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ LINES = {
 }
 PROXY_SET = 2000
 """Images in the proxy set, or as many as are to be labelled, if more."""
+
+STEPS = 200
+"""Of every run: six passes over ECOS's unlabelled part, less than one over that of a random set."""
 
 Found = dict[str, dict[int, list[Summary]]]  # strategy → number of labels → a summary a seed
 
@@ -85,6 +89,8 @@ def _settings(data: str, line: str, size: int, sizes: Sequence[int], seed: int) 
         f"labels.num_images={size}",
         "task.consistency_weight=1",
         "task.unlabeled_ratio=1",
+        "trainer.max_epochs=-1",
+        f"trainer.max_steps={STEPS}",
     ]
 
 

@@ -29,6 +29,7 @@ from ecos_pl.config import (
     Config,
     ConfigError,
     FolderOptions,
+    HumanLabelsOptions,
     MailboxOptions,
     MnistFashionOptions,
     PublicLabelsOptions,
@@ -40,6 +41,7 @@ from ecos_pl.config import (
     to_yaml,
 )
 from ecos_pl.config_help import help_text
+from ecos_pl.labels_awaited import LabelsAwaited
 from ecos_pl.overrides import nearest
 from ecos_pl.stopping import (
     REQUESTS,
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from ecos_pl.images import PoolSource
     from ecos_pl.labeling import Labeler, RoundPlan
     from ecos_pl.mailbox import Mailbox
+    from ecos_pl.relabeling import Relabeler
     from ecos_pl.remote_mailbox import RemoteMailbox
 
 HERE = Path(__file__).resolve().parent
@@ -71,8 +74,8 @@ _DELIVERED = ("model.safetensors",)
 def main(argv: Sequence[str]) -> int:
     """Run from the command line.
 
-    The exit status: 0 done, 1 another process of the run was lost, 2 a mistake of the user, 130
-    Ctrl-C, 143 stopped by SIGTERM or SIGUSR1.
+    The exit status: 0 done, or people are to label the proxy set now; 1 another process of the run
+    was lost, 2 a mistake of the user, 130 Ctrl-C, 143 stopped by SIGTERM or SIGUSR1.
     """
     with REQUESTS.heard():
         return _main(argv)
@@ -89,6 +92,9 @@ def _main(argv: Sequence[str]) -> int:
             print(to_yaml(config), end="")
             return 0
         train(config)
+    except LabelsAwaited as awaited:
+        if is_first_process():
+            print(awaited)
     except Stopped as stop:
         return _stopped(stop)
     except KeyboardInterrupt:
@@ -133,6 +139,9 @@ def train(config: Config) -> dict[str, Any]:
     """Do one run and return its summary, which is also in ``summary.json``.
 
     Called again with the same config it reads the probe from disk and resumes the training.
+
+    Raises:
+        LabelsAwaited: With ``labels=human``, until there are labels.
     """
     start = time.perf_counter()
     import lightning as L
@@ -145,7 +154,7 @@ def train(config: Config) -> dict[str, Any]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     folder = _run_folder(config)
     scenario = _scenario(config)
-    datamodule = _datamodule(config, scenario)
+    datamodule = _datamodule(config, scenario, folder)
     module = _module(config, scenario)
     rounds = _label_rounds(config, folder)
     trainer, timer = _trainer(config, folder, [rounds] if rounds else [])
@@ -255,13 +264,22 @@ def _view(config: Config) -> TrainingView:
         image_size=task.image_size,
         batch_size=task.batch_size,
         augment=task.augment,  # type: ignore[arg-type]  # the config allows the same names
-        unlabeled_ratio=task.unlabeled_ratio if task.consistency_weight else 0,
+        unlabeled_ratio=task.unlabeled_ratio if _consistency_weight(config) else 0,
         val_fraction=task.val_fraction,
         num_workers=task.num_workers,
     )
 
 
+def _consistency_weight(config: Config) -> float:
+    """As given; else 1 where people label some images and leave the others."""
+    assert isinstance(config.task, SelfLabelingOptions)
+    if config.task.consistency_weight is not None:
+        return config.task.consistency_weight
+    return 1.0 if isinstance(config.labels, HumanLabelsOptions) else 0.0
+
+
 def _labeler(config: Config, scenario: Scenario) -> Labeler:
+    from ecos_pl.human_labeler import HumanLabeler
     from ecos_pl.labeling import PublicLabeler
     from ecos_pl.prototype_labeler import PrototypeLabeler
     from ecos_pl.table_labeler import TableLabeler
@@ -295,8 +313,38 @@ def _labeler(config: Config, scenario: Scenario) -> Labeler:
             num_views=config.labels.num_views,
             features=config.labels.features,
         )
+    if isinstance(config.labels, HumanLabelsOptions):
+        return HumanLabeler(scenario.classes)
     assert isinstance(config.labels, PublicLabelsOptions)
     return PublicLabeler(scenario.classes)
+
+
+def _relabeler(config: Config, scenario: Scenario, folder: Path) -> Relabeler | None:
+    """What lays labels over the proxy set after the probe."""
+    from ecos_pl.annotation_job import JobTerms
+    from ecos_pl.outsourced_labels import OutsourcedLabels
+    from ecos_pl.relabeling import FirstLabels
+
+    labels = config.labels
+    if isinstance(labels, PublicLabelsOptions) and labels.num_images is not None:
+        return FirstLabels(labels.num_images, seed=config.seed)
+    if not isinstance(labels, HumanLabelsOptions):
+        return None
+    return OutsourcedLabels(
+        scenario.pool,
+        folder,
+        JobTerms(
+            labels.num_images,
+            labels.batch_size,
+            labels.annotators,
+            labels.price_per_label,
+            labels.image_size,
+        ),
+        seed=config.seed,
+        returned=Path(labels.returned) if labels.returned else None,
+        training_began=_checkpoint(folder) is not None,
+        is_trial=config.trainer.fast_dev_run,
+    )
 
 
 def _rounds(config: Config) -> RoundPlan | None:
@@ -327,7 +375,9 @@ def _rounds(config: Config) -> RoundPlan | None:
     )
 
 
-def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule | LocalDataModule:
+def _datamodule(
+    config: Config, scenario: Scenario, folder: Path
+) -> ProxySamplingDataModule | LocalDataModule:
     from datamodules.local import LocalDataModule
     from datamodules.proxy import ProxySamplingDataModule
     from ecos_pl.encoder import EncoderSpec
@@ -354,6 +404,7 @@ def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule |
         plan,
         _labeler(config, scenario),
         _view(config),
+        relabeler=_relabeler(config, scenario, folder),
         run_root=Path(config.run_root),
         mailbox=_mailbox(config),
         cache_dir=_cache_dir(config),
@@ -411,7 +462,7 @@ def _module(config: Config, scenario: Scenario) -> L.LightningModule:
         learning_rate=task.learning_rate,
         weight_decay=task.weight_decay,
         label_smoothing=task.label_smoothing,
-        consistency_weight=task.consistency_weight,
+        consistency_weight=_consistency_weight(config),
         consistency_threshold=task.consistency_threshold,
     )
 
@@ -616,6 +667,8 @@ def _run_folder(config: Config) -> Path:
     from ecos_pl.storage import fingerprint_of, write_bytes
 
     same_run = {k: v for k, v in to_dict(config).items() if k not in _NOT_THE_RUN}
+    for key in _ABOUT_THE_JOB:
+        same_run["labels"].pop(key, None)
     what = config.selection.strategy if config.train_on == "proxy_set" else "local"
     name = f"{config.data.name}-{what}-seed{config.seed}-{fingerprint_of(same_run)[:8]}"
     folder = Path(config.run_root) / (config.run_id or name)
@@ -632,8 +685,10 @@ def _run_folder(config: Config) -> Path:
 
 
 _NOT_THE_RUN = ("run_id", "run_root", "experiment")  # where and whence, not what
+_ABOUT_THE_JOB = ("annotators", "price_per_label", "returned")  # of labels: same job, same run
 _MAY_CHANGE = (
     *_NOT_THE_RUN,
+    *_ABOUT_THE_JOB,
     "max_epochs",
     "enable_progress_bar",
     "num_workers",

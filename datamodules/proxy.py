@@ -31,6 +31,7 @@ from ecos_pl.probe import Probe, ProbePlan
 from ecos_pl.probe_result import ProbeResult
 from ecos_pl.proxy_set import ProxySet
 from ecos_pl.ranks import Ranks
+from ecos_pl.relabeling import Relabeler
 
 MIN_SIMULATED_MULTIPLIER = 0.05
 """Noise below which a simulated client refuses: its ε is limited by the plan's max_epsilon."""
@@ -152,6 +153,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         plan: The probe's plan.
         labeler: Who labels the proxy set.
         view: How images reach the training step.
+        relabeler: Lays other labels over the probe's; None keeps those.
         run_root: Folder that holds the cache and the simulated clients.
         mailbox: The way to a client elsewhere; None simulates one from the scenario's images.
         cache_dir: For probe results; None for ``run_root/cache``. On a disk that all ranks see.
@@ -176,6 +178,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         labeler: Labeler,
         view: TrainingView,
         *,
+        relabeler: Relabeler | None = None,
         run_root: Path,
         mailbox: Mailbox | None = None,
         cache_dir: Path | None = None,
@@ -186,6 +189,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.scenario, self.plan, self.labeler, self.view = scenario, plan, labeler, view
+        self.relabeler = relabeler
         self.run_root, self.cache_dir = run_root, cache_dir or run_root / "cache"
         self.mailbox, self.given_embeddings = mailbox, given_embeddings
         self.prepare_data_per_node = False  # all nodes see one disk
@@ -207,7 +211,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
             start = time.perf_counter()
             # Isolated: whether results were on disk must not change the training.
             with isolate_rng(), Ranks.of_processes() as ranks:
-                self.probe_result = self._probe.run(ranks)
+                self.probe_result = self._labelled_elsewhere(self._probe.run(ranks), ranks)
             self.probe_seconds = time.perf_counter() - start
             self.simulation = self._evaluate(self.probe_result)
             self._labels = _Labels.shared(self.probe_result.proxy_set)
@@ -259,6 +263,9 @@ class ProxySamplingDataModule(L.LightningDataModule):
         if self.scenario.client_test is None:
             return []
         return self._loader(client_images(self.scenario, "test", self.view.image_size))
+
+    def _labelled_elsewhere(self, result: ProbeResult, ranks: Ranks) -> ProbeResult:
+        return result if self.relabeler is None else self.relabeler.apply(result, ranks)
 
     @cached_property
     def _probe(self) -> Probe:

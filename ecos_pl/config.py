@@ -41,6 +41,7 @@ __all__ = [
     "CsvOptions",
     "EncoderOptions",
     "FolderOptions",
+    "HumanLabelsOptions",
     "MixedDigitsOptions",
     "MnistFashionOptions",
     "NoLoggerOptions",
@@ -322,6 +323,40 @@ class PublicLabelsOptions(Part):
     """Labels that the pool already carries."""
 
     name: str = "public"
+    num_images: int | None = option(
+        None,
+        "images whose label is used, the first that labels=human would send out; the others are "
+        "unlabelled training data; null: all",
+        minimum=1,
+    )
+
+
+@dataclass
+class HumanLabelsOptions(Part):
+    """Labels from people: the run writes an annotation job, and goes on when they are back."""
+
+    name: str = "human"
+    num_images: int | None = option(
+        None,
+        "images of the proxy set to have labelled; the others are unlabelled training data; null: "
+        "all",
+        minimum=1,
+    )
+    batch_size: int = option(50, "images that an annotator labels in one go", minimum=1)
+    annotators: int = option(1, "annotators per image, for the price estimate", minimum=1)
+    price_per_label: float = option(
+        0.05,
+        "what one answer about one image costs, in your currency; ask your provider",
+        minimum=0,
+    )
+    image_size: int | None = option(
+        1024, "longest side of the images that annotators see, in pixels; null: any", minimum=16
+    )
+    returned: str | None = option(
+        None,
+        "label file (.csv, or .json from Label Studio) or a folder of them; null: those in the "
+        "run's folder annotation",
+    )
 
 
 @dataclass
@@ -349,9 +384,10 @@ class SelfLabelingOptions(Part):
         "or text",
         choices=("none", "crop", "crop_flip", "affine", "affine_flip"),
     )
-    consistency_weight: float = option(
-        0.0,
-        "weight of the FixMatch loss on unlabelled images of the kept clusters; 0: off",
+    consistency_weight: float | None = option(
+        None,
+        "weight of the FixMatch loss on unlabelled images of the kept clusters; 0: off; null: 1 "
+        "with labels=human, else 0",
         minimum=0,
     )
     consistency_threshold: float = option(
@@ -466,7 +502,11 @@ class Config:
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     labels: Part = part(
-        ClientPrototypesOptions, ClientTableOptions, ClientKnnOptions, PublicLabelsOptions
+        ClientPrototypesOptions,
+        ClientTableOptions,
+        ClientKnnOptions,
+        HumanLabelsOptions,
+        PublicLabelsOptions,
     )
     task: Part = part(SelfLabelingOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)

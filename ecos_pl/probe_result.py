@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,7 +26,8 @@ class ProbeResult:
 
     Attributes:
         proxy_set: The chosen images with their labels.
-        unlabeled: [m] int64, pool places of the images of kept clusters that were not chosen.
+        unlabeled: [m] int64, ascending pool places of images to learn from without a label: those
+            of kept clusters that were not chosen, and chosen ones whose label is yet to come.
         noisy_counts: [R] int64, the client's answer; None where it was not asked.
         cluster_sizes: [R] int64, pool images per cluster.
         selection: Which rows of the pool were chosen, quotas, kept clusters and threshold.
@@ -62,6 +64,30 @@ class ProbeResult:
     def statement(self) -> PrivacyStatement:
         """The privacy loss as a sentence."""
         return PrivacyStatement(**self.privacy)
+
+    def relabelled(
+        self,
+        targets: Tensor,
+        weights: Tensor,
+        label_source: str,
+        *,
+        unlabelled: Tensor,
+        facts: Mapping[str, Any],
+    ) -> ProbeResult:
+        """The same selection with other labels.
+
+        Args:
+            targets: [n, K], see `ProxySet`.
+            weights: [n].
+            label_source: Who labelled.
+            unlabelled: [n] bool, images of which nobody said anything; they join ``unlabeled``.
+            facts: Plain data about the labels, for the manifest.
+        """
+        return replace(
+            self,
+            proxy_set=self.proxy_set.relabelled(targets, weights, label_source, facts),
+            unlabeled=torch.cat([self.unlabeled, self.indices[unlabelled]]).sort().values,
+        )
 
     def with_round(self, found: LabelRound) -> ProbeResult:
         """The same selection with the labels of a further round, and what it cost.

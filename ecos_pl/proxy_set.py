@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class ProxySet:
         weights: [n] float32 in [0, 1], how much an image's label counts; 0 without a label.
         label_source: Who labelled: ``client_prototypes``, ``public``, …
         provenance: Plain data: fingerprints, seed, strategy, ε, …; under ``pools``, see
-            ``pools_of``.
+            ``pools_of``; under ``labels``, how many answers of whom, where they came later.
         pools: Name of the pool that each image comes from, as in ``pools_of``; None if unknown.
     """
 
@@ -69,6 +69,18 @@ class ProxySet:
             self.classes[k] if w > 0 else None
             for k, w in zip(best, self.weights.tolist(), strict=True)
         ]
+
+    def relabelled(
+        self, targets: Tensor, weights: Tensor, label_source: str, facts: Mapping[str, Any]
+    ) -> ProxySet:
+        """The same images with other labels; ``facts`` about them go under ``labels``."""
+        return replace(
+            self,
+            targets=targets,
+            weights=weights,
+            label_source=label_source,
+            provenance={**self.provenance, "labels": dict(facts)},
+        )
 
     def _check_pools(self) -> None:
         if self.pools is None or "pools" not in self.provenance:

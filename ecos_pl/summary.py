@@ -58,6 +58,7 @@ def summarise(
     if probe is not None:
         summary["proxy"] = {
             "size": len(probe.proxy_set),
+            "num_labelled": int((probe.proxy_set.weights > 0).sum()),
             "num_clusters": len(probe.cluster_sizes),
             "kept_clusters": int(probe.selection.kept.sum()),
             "filled_up": probe.selection.num_filled_up,
@@ -104,6 +105,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
             table.add_row(
                 "purity*", f"{known['purity']:.3f} (random: {known['random_purity']:.3f})"
             )
+        if proxy["num_labelled"] < proxy["size"]:
+            table.add_row("labels", f"{proxy['num_labelled']:,} of {proxy['size']:,} images")
         if known["label_accuracy"] is not None:
             table.add_row("label accuracy*", f"{known['label_accuracy']:.3f}")
         for number, one in enumerate(summary["rounds"], 1):

@@ -82,7 +82,7 @@ def test_files_named_in_the_readme_exist(name):
 def test_options_named_in_the_readme_exist(key):
     from ecos_pl.config_help import help_text
 
-    files = ("csv", "json", "md", "png", "py", "safetensors", "sbatch", "sh", "sqlite", "yaml")
-    if key.split(".")[-1] in files:
+    files = ("csv", "json", "md", "png", "py", "safetensors", "sbatch", "sh", "sqlite", "xml")
+    if key.split(".")[-1] in (*files, "yaml"):
         return
     assert f"  {key}" in help_text(REPOSITORY / "configs"), key

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from ecos_pl.images import PoolSource
     from ecos_pl.labeling import Labeler
     from ecos_pl.mailbox import Mailbox
+    from ecos_pl.modules.self_labeling import Method
 
 HERE = Path(__file__).resolve().parent
 CONFIG_DIR = HERE / "configs"
@@ -241,7 +242,7 @@ def _view(config: Config) -> TrainingView:
         image_size=task.image_size,
         batch_size=task.batch_size,
         augment=task.augment,  # type: ignore[arg-type]  # the config allows the same names
-        unlabeled_ratio=task.unlabeled_ratio if task.consistency_weight else 0,
+        unlabeled_ratio=0 if _method(config) == "supervised" else task.unlabeled_ratio,
         val_fraction=task.val_fraction,
         num_workers=task.num_workers,
     )
@@ -355,9 +356,28 @@ def _module(config: Config, scenario: Scenario) -> L.LightningModule:
         learning_rate=task.learning_rate,
         weight_decay=task.weight_decay,
         label_smoothing=task.label_smoothing,
+        method=_method(config),
+        class_balance=task.class_balance,
         consistency_weight=task.consistency_weight,
         consistency_threshold=task.consistency_threshold,
+        align=task.align,
+        freeze_backbone=task.freeze_backbone,
+        compiled=task.compile,
     )
+
+
+def _method(config: Config) -> Method:
+    """How the labelled and the unlabelled images are learned from."""
+    task = config.task
+    assert isinstance(task, SelfLabelingOptions)
+    if config.train_on == "client":
+        if task.method not in (None, "supervised"):
+            raise ConfigError(
+                f"task.method={task.method} needs unlabelled images, and train_on=client has none"
+            )
+        return "supervised"
+    default = "fixmatch" if config.labels.name == "human" else "supervised"
+    return task.method or default  # type: ignore[return-value]  # the config allows the same names
 
 
 def _trainer(config: Config, folder: Path) -> tuple[L.Trainer, Any]:

@@ -36,6 +36,7 @@ class LocalDataModule(L.LightningDataModule):
         self.scenario, self.view, self.seed = scenario, view, seed
         self.probe_result: ProbeResult | None = None
         self.simulation: dict[str, float | None] = {}
+        self.rounds: list[dict[str, Any]] = []
 
     @property
     def class_shares(self) -> Tensor:

@@ -709,6 +709,7 @@ def _quiet() -> None:
         ".*using the WeightAveraging callback, but loading.*outside the 'fit' stage.*",
         ".*srun.*command is available.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # a frozen backbone is meant to be
         ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours is
     ):
         warnings.filterwarnings("ignore", message)

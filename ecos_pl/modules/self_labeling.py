@@ -68,6 +68,7 @@ class SelfLabelingModule(L.LightningModule):
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
             model.freeze_backbone()
+            self.train()
         self.pseudo_labels: PseudoLabels | None = None
         self.class_shares = torch.full((len(model.classes),), 1 / len(model.classes))
         self._remembered: dict[str, Tensor] = {}

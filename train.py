@@ -411,7 +411,7 @@ def _module(config: Config, scenario: Scenario) -> L.LightningModule:
         class_balance=task.class_balance,
         consistency_weight=task.consistency_weight,
         consistency_threshold=task.consistency_threshold,
-        align=task.align,
+        align=task.distribution_alignment,
         freeze_backbone=task.freeze_backbone,
         compiled=task.compile,
     )
@@ -709,7 +709,7 @@ def _quiet() -> None:
         ".*using the WeightAveraging callback, but loading.*outside the 'fit' stage.*",
         ".*srun.*command is available.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-        ".*module\\(s\\) in eval mode at the start of training.*",  # a frozen backbone is meant to be
+        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen ones are
         ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours is
     ):
         warnings.filterwarnings("ignore", message)

@@ -357,10 +357,10 @@ class SelfLabelingOptions(Part):
         minimum=0,
         maximum=1,
     )
-    align: bool = option(
+    distribution_alignment: bool = option(
         False,
-        "move predictions on unlabelled images to the class frequencies of the proxy labels "
-        "(distribution alignment); fixmatch and flexmatch",
+        "move predictions on unlabelled images to the class frequencies of the proxy labels; "
+        "fixmatch and flexmatch",
     )
     class_balance: float = option(
         0.0,

@@ -40,7 +40,7 @@ SMALL = [
     "logger=none",
 ]
 LABELS = ["labels.num_dims=6", "labels.num_views=1"]
-FLEXMATCH = ["task.method=flexmatch", "task.align=true", "task.class_balance=0.5"]
+FLEXMATCH = ["task.method=flexmatch", "task.distribution_alignment=true", "task.class_balance=0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,11 @@ def test_what_is_remembered_matters(job, tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["task.method=flexmatch", "task.align=true", "trainer.precision=bf16-mixed"],
+        [
+            "task.method=flexmatch",
+            "task.distribution_alignment=true",
+            "trainer.precision=bf16-mixed",
+        ],
         ["task.freeze_backbone=true", "trainer.precision=bf16-mixed"],
         ["task.method=fixmatch", "task.ema_decay=null", "labels=public"],
         ["task.method=flexmatch", "trainer.fast_dev_run=true"],

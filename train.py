@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from ecos_pl.images import PoolSource
     from ecos_pl.labeling import Labeler, RoundPlan
     from ecos_pl.mailbox import Mailbox
+    from ecos_pl.modules.self_labeling import Method
     from ecos_pl.relabeling import Relabeler
     from ecos_pl.remote_mailbox import RemoteMailbox
 
@@ -264,18 +265,10 @@ def _view(config: Config) -> TrainingView:
         image_size=task.image_size,
         batch_size=task.batch_size,
         augment=task.augment,  # type: ignore[arg-type]  # the config allows the same names
-        unlabeled_ratio=task.unlabeled_ratio if _consistency_weight(config) else 0,
+        unlabeled_ratio=0 if _method(config) == "supervised" else task.unlabeled_ratio,
         val_fraction=task.val_fraction,
         num_workers=task.num_workers,
     )
-
-
-def _consistency_weight(config: Config) -> float:
-    """As given; else 1 where people label some images and leave the others."""
-    assert isinstance(config.task, SelfLabelingOptions)
-    if config.task.consistency_weight is not None:
-        return config.task.consistency_weight
-    return 1.0 if isinstance(config.labels, HumanLabelsOptions) else 0.0
 
 
 def _labeler(config: Config, scenario: Scenario) -> Labeler:
@@ -450,6 +443,10 @@ def _module(config: Config, scenario: Scenario) -> L.LightningModule:
 
     task = config.task
     assert isinstance(task, SelfLabelingOptions)
+    if task.pseudo_labels_from == "average" and task.ema_decay is None:
+        raise ConfigError(
+            "task.pseudo_labels_from=average needs task.ema_decay: no weights are averaged"
+        )
     model = new_classifier(
         scenario.classes,
         backbone=task.backbone,
@@ -462,9 +459,29 @@ def _module(config: Config, scenario: Scenario) -> L.LightningModule:
         learning_rate=task.learning_rate,
         weight_decay=task.weight_decay,
         label_smoothing=task.label_smoothing,
-        consistency_weight=_consistency_weight(config),
+        method=_method(config),
+        class_balance=task.class_balance,
+        consistency_weight=task.consistency_weight,
         consistency_threshold=task.consistency_threshold,
+        align=task.distribution_alignment,
+        pseudo_labels_from=task.pseudo_labels_from,  # type: ignore[arg-type]  # the same names
+        freeze_backbone=task.freeze_backbone,
+        compiled=task.compile,
     )
+
+
+def _method(config: Config) -> Method:
+    """How the labelled and the unlabelled images are learned from."""
+    task = config.task
+    assert isinstance(task, SelfLabelingOptions)
+    if config.train_on == "client":
+        if task.method not in (None, "supervised"):
+            raise ConfigError(
+                f"task.method={task.method} needs unlabelled images, and train_on=client has none"
+            )
+        return "supervised"
+    default = "fixmatch" if config.labels.name == "human" else "supervised"
+    return task.method or default  # type: ignore[return-value]  # the config allows the same names
 
 
 def _label_rounds(config: Config, folder: Path) -> LabelRounds | None:
@@ -779,6 +796,7 @@ def _quiet() -> None:
         ".*using the WeightAveraging callback, but loading.*outside the 'fit' stage.*",
         ".*srun.*command is available.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen ones are
         ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours is
     ):
         warnings.filterwarnings("ignore", message)

@@ -87,7 +87,7 @@ def _settings(data: str, line: str, size: int, sizes: Sequence[int], seed: int) 
         f"selection.size={max(PROXY_SET, *sizes)}",
         "labels=public",
         f"labels.num_images={size}",
-        "task.consistency_weight=1",
+        "task.method=fixmatch",
         "task.unlabeled_ratio=1",
         "trainer.max_epochs=-1",
         f"trainer.max_steps={STEPS}",

@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from datamodules.loaders import image_loader, place_of
-from datamodules.proxy import LabelledImages, TrainingView, client_images, view_workers
+from datamodules.proxy import (
+    LabelledImages,
+    TrainingView,
+    class_shares,
+    client_images,
+    view_workers,
+)
 from datamodules.scenario import Scenario
 from datamodules.views import make_view
 from ecos_pl.probe_result import ProbeResult
@@ -30,6 +37,12 @@ class LocalDataModule(L.LightningDataModule):
         self.probe_result: ProbeResult | None = None
         self.simulation: dict[str, float | None] = {}
         self.rounds: list[dict[str, Any]] = []
+
+    @property
+    def class_shares(self) -> Tensor:
+        """Frequencies [K] of the classes among the labels that are trained on."""
+        images = client_images(self.scenario, "train", self.view.image_size)
+        return class_shares(images.targets, images.weights)
 
     def train_dataloader(self) -> Any:
         """Labelled batches of the client's training images."""

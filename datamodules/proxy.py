@@ -121,8 +121,8 @@ class _Labels:
         self.weights.copy_(proxy_set.weights)
 
 
-class UnlabelledViews(Dataset[tuple[Tensor, Tensor]]):
-    """Two views of each image, weak and strong, drawn for every image anew (FixMatch)."""
+class UnlabelledViews(Dataset[tuple[Tensor, Tensor, int]]):
+    """Two views of each image, weak and strong, drawn anew each time, and its row (FixMatch)."""
 
     def __init__(
         self, source: ImageSource, indices: Sequence[int], image_size: int, augment: Augment
@@ -134,12 +134,12 @@ class UnlabelledViews(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, int]:
         try:
             image = to_tensor(self.source.read(self.indices[position]), self.image_size)
         except UnreadableImage:
             image = torch.full((3, self.image_size, self.image_size), 127, dtype=torch.uint8)
-        return self.weak(image), self.strong(image)
+        return self.weak(image), self.strong(image), position
 
 
 class ProxySamplingDataModule(L.LightningDataModule):
@@ -237,16 +237,27 @@ class ProxySamplingDataModule(L.LightningDataModule):
             }
         )
 
+    @property
+    def num_unlabeled(self) -> int:
+        """Images that batches may bring besides the labelled ones."""
+        return len(self._result().unlabeled)
+
+    @property
+    def class_shares(self) -> Tensor:
+        """Frequencies [K] of the classes among the labels that are trained on."""
+        result = self._result()
+        rows = self._split(result)[0]
+        return class_shares(result.proxy_set.targets[rows], result.proxy_set.weights[rows])
+
     def train_dataloader(self) -> Any:
         """Labelled batches; with unlabelled ones beside them if the view asks for it."""
         result, view = self._result(), self.view
         rows = self._split(result)[0]
         labelled = self._loader(self._labelled(result, rows, view.augment), train=True)
-        if not view.unlabeled_ratio or not len(result.unlabeled):
+        if not view.unlabeled_ratio or not self.num_unlabeled:
             return labelled
-        views = UnlabelledViews(
-            self.scenario.pool, result.unlabeled.tolist(), view.image_size, view.augment
-        )
+        unlabeled = result.unlabeled.tolist()
+        views = UnlabelledViews(self.scenario.pool, unlabeled, view.image_size, view.augment)
         size = view.batch_size * view.unlabeled_ratio
         unlabelled = self._loader(views, train=True, batch_size=size)
         loaders = {"labelled": labelled, "unlabelled": unlabelled}
@@ -369,6 +380,11 @@ class ProxySamplingDataModule(L.LightningDataModule):
         if self.probe_result is None:
             raise RuntimeError("the probe has not run: call setup() first")
         return self.probe_result
+
+
+def class_shares(targets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted frequencies [K] of classes among targets [n, K] of weights [n]."""
+    return (weights[:, None] * targets).sum(dim=0) / weights.sum()
 
 
 def client_images(scenario: Scenario, part: str, image_size: int) -> LabelledImages:

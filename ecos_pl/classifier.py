@@ -66,6 +66,18 @@ class Classifier(nn.Module):
                 nn.init.zeros_(head.bias)
         return cls(net, backbone, image_size, classes)
 
+    def freeze_backbone(self) -> None:
+        """Leave only the head to train: the features stay what they are.
+
+        Raises:
+            ValueError: The network has no linear layer for a head.
+        """
+        head = self.net.get_classifier()  # type: ignore[operator]
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"{self.backbone} has no linear head to train alone")
+        self.net.requires_grad_(False)
+        head.requires_grad_(True)
+
     def normalise(self, images: Tensor) -> Tensor:
         """What the network sees of images [B, 3, S, S] uint8."""
         mean, std = self.get_buffer("mean"), self.get_buffer("std")

@@ -384,17 +384,41 @@ class SelfLabelingOptions(Part):
         "or text",
         choices=("none", "crop", "crop_flip", "affine", "affine_flip"),
     )
-    consistency_weight: float | None = option(
+    method: str | None = option(
         None,
-        "weight of the FixMatch loss on unlabelled images of the kept clusters; 0: off; null: 1 "
-        "with labels=human, else 0",
-        minimum=0,
+        "supervised: the labelled images alone; fixmatch and flexmatch also learn from unlabelled "
+        "images of the kept clusters; null: fixmatch with labels=human, else supervised",
+        choices=("supervised", "fixmatch", "flexmatch"),
+    )
+    consistency_weight: float = option(
+        1.0, "weight of the loss on unlabelled images; fixmatch and flexmatch", above=0
     )
     consistency_threshold: float = option(
         0.95,
-        "confidence from which an unlabelled image counts, a probability",
+        "confidence from which an unlabelled image counts, a probability; flexmatch begins below",
         minimum=0,
         maximum=1,
+    )
+    pseudo_labels_from: str = option(
+        "model",
+        "whose predictions pseudo-labels are: the model's own, or those of its averaged weights "
+        "(needs task.ema_decay); fixmatch and flexmatch",
+        choices=("model", "average"),
+    )
+    distribution_alignment: bool = option(
+        False,
+        "move predictions on unlabelled images to the class frequencies of the proxy labels; "
+        "fixmatch and flexmatch",
+    )
+    class_balance: float = option(
+        0.0,
+        "how far rare classes are learned as if they were frequent (logit adjustment); 0: as they "
+        "come, 1: as if all were equally frequent",
+        minimum=0,
+    )
+    freeze_backbone: bool = option(False, "train the head alone, on the weights' features")
+    compile: bool = option(
+        False, "compile the model (torch.compile): slow at first, then faster on GPUs"
     )
     unlabeled_ratio: int = option(2, "unlabelled images per labelled one in a batch", minimum=1)
     val_fraction: float = option(

@@ -28,7 +28,25 @@ def soft_cross_entropy(
     return (weights * losses).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def consistency(weak_logits: Tensor, strong_logits: Tensor, *, threshold: float) -> Tensor:
+def logit_adjusted(logits: Tensor, class_shares: Tensor, strength: float = 1.0) -> Tensor:
+    """Logits to train on so that rare classes are learned as well as frequent ones.
+
+    Menon et al. 2021, eq. 10: with ``strength`` 1 the cross-entropy of ``logits + log shares``
+    is consistent for the balanced error of the logits themselves, which is what predicts later.
+    It weighs no image, so it goes with soft targets, smoothing and weights as they are.
+
+    Args:
+        logits: [B, K].
+        class_shares: [K], frequencies of the training labels, summing to one; a class that has
+            none counts as a thousandth.
+        strength: 0 leaves the logits as they are.
+    """
+    return logits.float() + strength * class_shares.clamp_min(1e-3).log()
+
+
+def consistency(
+    probabilities: Tensor, strong_logits: Tensor, *, threshold: float | Tensor
+) -> Tensor:
     """FixMatch's unlabelled loss (Sohn et al. 2020, eq. 4), in nats.
 
     The strong view must predict the class that the weak view is sure of; images whose weak
@@ -36,10 +54,12 @@ def consistency(weak_logits: Tensor, strong_logits: Tensor, *, threshold: float)
     view.
 
     Args:
-        weak_logits: [B, K].
+        probabilities: [B, K], predictions on the weak views.
         strong_logits: [B, K].
-        threshold: Least probability of the weak prediction.
+        threshold: Least probability of the weak prediction: one for all classes, or [K].
     """
-    confidence, pseudo_labels = weak_logits.detach().float().softmax(dim=1).max(dim=1)
+    confidence, pseudo_labels = probabilities.detach().max(dim=1)
+    if isinstance(threshold, Tensor):
+        threshold = threshold[pseudo_labels]
     losses = F.cross_entropy(strong_logits.float(), pseudo_labels, reduction="none")
     return (losses * (confidence >= threshold)).mean()

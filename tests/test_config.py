@@ -248,7 +248,7 @@ def test_empty_files_and_groups_change_nothing(load, config_dir):
         ("encodr.batch_size=3", "did you mean encoder.batch_size?"),
         ("batch_size=3", "did you mean encoder.batch_size or task.batch_size?"),
         ("lables=public", "no option lables; did you mean labels?"),
-        ("task.lr=1", "no option task.lr; task has task.backbone, "),
+        ("task.xq=1", "no option task.xq; task has task.backbone, "),
         ("zzz=1", "no option zzz; --help lists all"),
         ("selection=3", "selection is a group of options: set one of selection.strategy, "),
         ("labels=client_prototype", "did you mean client_prototypes?"),

@@ -132,18 +132,16 @@ def test_fast_dev_run_writes_no_job_but_tries_labels(run, tmp_path):
     assert not list(trial.folder.glob("*"))
 
 
-def test_the_loss_on_unlabelled_images_is_on_with_people_and_off_without(run):
-    config = train.load_config(["labels=human"], config_dir=train.CONFIG_DIR)
-    assert train._consistency_weight(config) == 1
-    assert train._view(config).unlabeled_ratio == 2
-    for argv, weight in (
-        ([], 0),
-        (["labels=human", "task.consistency_weight=0"], 0),
-        (["labels=public", "task.consistency_weight=0.5"], 0.5),
+def test_unlabelled_images_are_learned_from_with_people_unless_told_otherwise():
+    for argv, method, ratio in (
+        (["labels=human"], "fixmatch", 2),
+        (["labels=human", "task.method=supervised"], "supervised", 0),
+        (["labels=public", "task.method=flexmatch", "task.unlabeled_ratio=1"], "flexmatch", 1),
+        ([], "supervised", 0),
     ):
         config = train.load_config(argv, config_dir=train.CONFIG_DIR)
-        assert train._consistency_weight(config) == weight
-        assert bool(train._view(config).unlabeled_ratio) == bool(weight)
+        assert train._method(config) == method
+        assert train._view(config).unlabeled_ratio == ratio
 
 
 def test_what_is_about_the_job_alone_leaves_the_run_its_name(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ecos_pl.losses import consistency, soft_cross_entropy
+from ecos_pl.losses import consistency, logit_adjusted, soft_cross_entropy
 
 
 def test_one_hot_targets_give_torch_cross_entropy():
@@ -37,12 +37,65 @@ def test_consistency_mask_and_mean_by_hand():
     weak = torch.tensor([[10.0, 0.0], [0.1, 0.0], [0.0, 10.0]])  # sure of 0, unsure, sure of 1
     strong = torch.tensor([[0.0, 0.0], [5.0, 0.0], [2.0, 0.0]])
     expected = (math.log(2) + (2 + math.log1p(math.exp(-2)))) / 3
-    assert float(consistency(weak, strong, threshold=0.95)) == pytest.approx(expected, rel=1e-5)
+    assert float(consistency(weak.softmax(1), strong, threshold=0.95)) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_consistency_takes_the_threshold_of_the_predicted_class():
+    weak = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.0, 0.9]])
+    strong = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0], [5.0, 0.0, 0.0]])
+    thresholds = [0.6, 0.8, 0.9]
+    expected = 0.0
+    for row in range(3):
+        best = max(range(3), key=lambda k: float(weak[row, k]))
+        if float(weak[row, best]) >= thresholds[best] - 1e-7:
+            expected -= math.log(math.exp(strong[row, best]) / sum(strong[row].exp().tolist()))
+    ours = consistency(weak, strong, threshold=torch.tensor(thresholds))
+    assert float(ours) == pytest.approx(expected / 3, rel=1e-5)
 
 
 def test_consistency_sends_no_gradient_into_the_weak_view():
     weak = torch.tensor([[10.0, 0.0]], requires_grad=True)
     strong = torch.zeros(1, 2, requires_grad=True)
-    consistency(weak, strong, threshold=0.5).backward()
+    consistency(weak.softmax(1), strong, threshold=0.5).backward()
     assert weak.grad is None
     assert strong.grad.abs().sum() > 0
+
+
+def test_logit_adjustment_learns_the_balanced_posterior():
+    """Fitted to skewed labels of one input, plain logits give its shares, adjusted ones uniform."""
+    shares = torch.tensor([0.7, 0.2, 0.1])
+    found = []
+    for strength in (0.0, 0.5, 1.0):
+        logits = torch.zeros(1, 3, requires_grad=True)
+        optimizer = torch.optim.LBFGS([logits], max_iter=100, tolerance_grad=1e-9)
+
+        def loss():
+            optimizer.zero_grad()  # noqa: B023
+            adjusted = logit_adjusted(logits, shares, strength)  # noqa: B023
+            value = soft_cross_entropy(adjusted, shares[None], torch.ones(1))
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        found.append(logits.detach().softmax(1)[0])
+    assert torch.allclose(found[0], shares, atol=1e-3)
+    assert torch.allclose(found[1], shares.sqrt() / shares.sqrt().sum(), atol=1e-3)
+    assert torch.allclose(found[2], torch.full((3,), 1 / 3), atol=1e-3)
+
+
+def test_logit_adjustment_goes_with_soft_targets_and_weights():
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(2, 5, 3, generator=generator)
+    targets, weights = targets.softmax(1), torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0])
+    shares = torch.tensor([0.5, 0.5, 0.0])  # the last has no label at all
+    total = 0.0
+    for row in range(5):
+        scores = [float(logits[row, k]) + math.log(max(float(shares[k]), 1e-3)) for k in range(3)]
+        norm = math.log(sum(map(math.exp, scores)))
+        total -= float(weights[row]) * sum(
+            float(targets[row, k]) * (scores[k] - norm) for k in range(3)
+        )
+    ours = soft_cross_entropy(logit_adjusted(logits, shares), targets, weights)
+    assert float(ours) == pytest.approx(total / 4.5, rel=1e-5)

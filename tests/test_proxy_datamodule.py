@@ -76,10 +76,27 @@ def test_unlabelled_batches_come_from_kept_clusters_in_two_views(scenario, tmp_p
     assert len(result.unlabeled) > 0
     loader = datamodule.train_dataloader()
     batch, _, _ = next(iter(loader))
-    weak, strong = batch["unlabelled"]
+    weak, strong, rows = batch["unlabelled"]
+    assert len(rows.unique()) == 16
     assert len(batch["labelled"][0]) == 8
     assert weak.shape == strong.shape == (16, 3, 24, 24)
     assert not torch.equal(weak, strong)
+
+
+def test_class_shares_are_those_of_the_labels_trained_on(scenario, tmp_path):
+    datamodule = make(scenario, tmp_path)
+    datamodule.setup("fit")
+    classes = [
+        int(target.argmax()) for batch in datamodule.train_dataloader() for target in batch[1]
+    ]
+    rows, _ = datamodule._split(datamodule.probe_result)
+    assert len(rows) - 8 < len(classes) <= len(rows)  # what is left over waits
+    counts = [0, 0]
+    for row in rows.tolist():
+        counts[int(datamodule.probe_result.proxy_set.targets[row].argmax())] += 1
+    assert datamodule.class_shares.tolist() == pytest.approx([c / len(rows) for c in counts])
+    local = LocalDataModule(scenario, TrainingView(image_size=24, batch_size=8))
+    assert local.class_shares.tolist() == [0.5, 0.5]
 
 
 def test_an_image_that_vanished_weighs_nothing(image_tree, tmp_path):

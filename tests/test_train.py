@@ -159,7 +159,7 @@ def test_a_run_folder_of_another_config_is_not_mixed_with(run):
         (["selection.strategy=random", "labels=public"], 60),
         (["selection.strategy=all", "labels=public", "task.augment=none"], 260),
         (["selection.strategy=oracle", "labels=public"], 60),
-        (["task.consistency_weight=1", "task.consistency_threshold=0.5"], 60),
+        (["task.method=fixmatch", "task.consistency_threshold=0.5"], 60),
         (["train_on=client"], 0),
         (["privacy.sample_rate=0.5", "task.ema_decay=null", "task.augment=crop_flip"], 60),
     ],

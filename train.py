@@ -30,6 +30,7 @@ from ecos_pl.config import (
     ConfigError,
     FolderOptions,
     MailboxOptions,
+    MnistFashionOptions,
     PublicLabelsOptions,
     SelfLabelingOptions,
     WandbOptions,
@@ -53,11 +54,12 @@ from ecos_pl.stopping import (
 if TYPE_CHECKING:
     import lightning as L
 
+    from callbacks.label_rounds import LabelRounds
     from datamodules.local import LocalDataModule
     from datamodules.proxy import ProxySamplingDataModule, TrainingView
     from datamodules.scenario import Scenario
     from ecos_pl.images import PoolSource
-    from ecos_pl.labeling import Labeler
+    from ecos_pl.labeling import Labeler, RoundPlan
     from ecos_pl.mailbox import Mailbox
 
 HERE = Path(__file__).resolve().parent
@@ -143,19 +145,23 @@ def train(config: Config) -> dict[str, Any]:
     scenario = _scenario(config)
     datamodule = _datamodule(config, scenario)
     module = _module(config, scenario)
-    trainer, timer = _trainer(config, folder)
+    rounds = _label_rounds(config, folder)
+    trainer, timer = _trainer(config, folder, [rounds] if rounds else [])
     metrics = []
     with _children_end_too(trainer):
         _probe_here_if_workers_cannot_tell(trainer, datamodule)
         trainer.fit(module, datamodule, ckpt_path=_checkpoint(folder), weights_only=True)
         if not config.trainer.fast_dev_run:
             module = _delivered(config, scenario, folder, timer)
+            if rounds:
+                rounds.catch_up(datamodule)
         if scenario.client_test is not None:
             metrics = trainer.test(module, datamodule, verbose=False)
     summary = summarise(
         run_id=folder.name,
         seed=config.seed,
         probe=datamodule.probe_result,
+        rounds=datamodule.rounds,
         simulation={
             **datamodule.simulation,
             "test_accuracy": metrics[0].get("simulation/test_accuracy") if metrics else None,
@@ -184,6 +190,10 @@ def train(config: Config) -> dict[str, Any]:
 def _scenario(config: Config) -> Scenario:
     if isinstance(config.data, FolderOptions):
         return _folder_scenario(config, config.data)
+    if isinstance(config.data, MnistFashionOptions):
+        from datamodules.mnist_fashion import mnist_fashion
+
+        return mnist_fashion(Path(config.data.root), num_client=config.data.num_client)
     from datamodules.mixed_digits import mixed_digits
 
     return mixed_digits()
@@ -260,6 +270,7 @@ def _labeler(config: Config, scenario: Scenario) -> Labeler:
             num_views=config.labels.num_views,
             noise_multiplier=config.labels.noise_multiplier,
             features=config.labels.features,
+            rounds=_rounds(config),
         )
     if isinstance(config.labels, ClientTableOptions):
         return TableLabeler(
@@ -284,6 +295,34 @@ def _labeler(config: Config, scenario: Scenario) -> Labeler:
     return PublicLabeler(scenario.classes)
 
 
+def _rounds(config: Config) -> RoundPlan | None:
+    """Further rounds of labels; the fingerprint of the training makes them that training's own."""
+    from ecos_pl.labeling import RoundPlan
+    from ecos_pl.storage import fingerprint_of
+
+    options, task = config.labels, config.task
+    assert isinstance(options, ClientPrototypesOptions)
+    if not options.rounds:
+        return None
+    if not isinstance(task, SelfLabelingOptions) or config.train_on == "client":
+        raise ConfigError("labels.rounds goes with task=self_labeling on the proxy set")
+    if task.backbone != config.encoder.name:
+        raise ConfigError(
+            f"labels.rounds: the client trusts the architecture of encoder.name="
+            f"{config.encoder.name} alone, so task.backbone must be it, not {task.backbone}"
+        )
+    if 0 <= config.trainer.max_epochs <= options.rounds[-1]:
+        raise ConfigError(
+            f"labels.rounds={options.rounds} is not over before the training is "
+            f"(trainer.max_epochs={config.trainer.max_epochs})"
+        )
+    values = to_dict(config)
+    training = fingerprint_of([values[key] for key in ("task", "trainer", "seed")])
+    return RoundPlan(
+        tuple(options.rounds), options.round_num_dims, options.round_features, training
+    )
+
+
 def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule | LocalDataModule:
     from datamodules.local import LocalDataModule
     from datamodules.proxy import ProxySamplingDataModule
@@ -299,6 +338,7 @@ def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule |
         num_iters=config.probe.num_iters,
         num_restarts=config.probe.num_restarts,
         strategy=config.selection.strategy,
+        oracle_domain=_oracle_domain(config, scenario),
         size=config.selection.size,
         duplicate_distance=config.selection.duplicate_distance,
         seed=config.seed,
@@ -318,6 +358,17 @@ def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule |
         embed_workers=config.encoder.num_workers,
         seed=config.seed,
     )
+
+
+def _oracle_domain(config: Config, scenario: Scenario) -> str | None:
+    if config.selection.strategy != "oracle":
+        return None
+    if scenario.client_domain is None:
+        raise ConfigError(
+            "selection.strategy=oracle needs the name of the client's domain in the pool: "
+            "data.client_domain=NAME"
+        )
+    return scenario.client_domain
 
 
 def _mailbox(config: Config) -> Mailbox | None:
@@ -360,7 +411,18 @@ def _module(config: Config, scenario: Scenario) -> L.LightningModule:
     )
 
 
-def _trainer(config: Config, folder: Path) -> tuple[L.Trainer, Any]:
+def _label_rounds(config: Config, folder: Path) -> LabelRounds | None:
+    from callbacks.label_rounds import LabelRounds
+
+    options = config.labels
+    if not isinstance(options, ClientPrototypesOptions) or not options.rounds:
+        return None
+    return LabelRounds(options.rounds, folder / "rounds")
+
+
+def _trainer(
+    config: Config, folder: Path, more: Sequence[L.Callback] = ()
+) -> tuple[L.Trainer, Any]:
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -383,6 +445,7 @@ def _trainer(config: Config, folder: Path) -> tuple[L.Trainer, Any]:
         CoverageFigure(),
         ChosenImages(),
         TrainingCurves(),
+        *more,
     ]
     if not config.trainer.fast_dev_run:
         checkpoints = folder / "checkpoints"

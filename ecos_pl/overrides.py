@@ -363,7 +363,15 @@ def convert(setting: Setting, hint: Any) -> Any:
     text, kinds = setting.value, typing.get_args(hint) or (hint,)
     label = f"{setting.where}{setting.key}"
     if typing.get_origin(hint) is list:
-        return _read_list(text, label, setting.quoted)
+        items = _read_list(text, label, setting.quoted)
+        if int not in kinds:
+            return items
+        try:
+            return [int(item) for item in items]
+        except ValueError:
+            raise ConfigError(
+                f"{label} must be {type_in_words(hint)}, not {_short(text)}"
+            ) from None
     if isinstance(text, list):
         raise ConfigError(f"{label} takes one value, not a list")
     if text == "":
@@ -399,7 +407,7 @@ def _read_list(value: str | list[str], label: str, quoted: bool) -> list[str]:
 def type_in_words(hint: Any) -> str:
     """Return the type of an option as the user reads it, such as "a whole number or none"."""
     if typing.get_origin(hint) is list:
-        return "a list"
+        return "a list of whole numbers" if typing.get_args(hint) == (int,) else "a list"
     kinds = typing.get_args(hint) or (hint,)
     if float in kinds:
         kinds = tuple(kind for kind in kinds if kind is not int)

@@ -13,8 +13,27 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ecos_pl.classifier import Classifier
+
 _NUM_WARM_UP = 5
 _NUM_TIMED = 30
+
+
+def size_facts(model: Classifier, device: torch.device | str) -> dict[str, Any]:
+    """Plain data for ``summary.json``: what a classifier costs, and what it is.
+
+    Args:
+        model: Moved to the device.
+        device: Where one image at a time is timed.
+    """
+    return {
+        "backbone": model.backbone,
+        "image_size": model.image_size,
+        "parameters": parameter_count(model.net),
+        "size_mb": round(size_mb(model.net), 6),
+        "macs": macs(model, model.image_size),
+        "latency_ms": round(latency_ms(model, model.image_size, device), 4),
+    }
 
 
 def parameter_count(net: nn.Module) -> int:

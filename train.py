@@ -28,10 +28,12 @@ from ecos_pl.config import (
     ClientTableOptions,
     Config,
     ConfigError,
+    DistillationOptions,
     FolderOptions,
     HumanLabelsOptions,
     MailboxOptions,
     MnistFashionOptions,
+    NoLabelsOptions,
     PublicLabelsOptions,
     SelfLabelingOptions,
     WandbOptions,
@@ -66,6 +68,9 @@ if TYPE_CHECKING:
     from ecos_pl.modules.self_labeling import Method
     from ecos_pl.relabeling import Relabeler
     from ecos_pl.remote_mailbox import RemoteMailbox
+    from ecos_pl.teacher import FrozenTeacher
+
+log = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
 CONFIG_DIR = HERE / "configs"
@@ -154,9 +159,11 @@ def train(config: Config) -> dict[str, Any]:
     _quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     folder = _run_folder(config)
+    _check_labels(config)
     scenario = _scenario(config)
-    datamodule = _datamodule(config, scenario, folder)
-    module = _module(config, scenario)
+    teacher = _teacher(config, scenario)
+    datamodule = _datamodule(config, scenario, folder, teacher)
+    module = _module(config, scenario, teacher)
     rounds = _label_rounds(config, folder)
     trainer, timer = _trainer(config, folder, [rounds] if rounds else [])
     metrics = []
@@ -164,7 +171,7 @@ def train(config: Config) -> dict[str, Any]:
         _probe_here_if_workers_cannot_tell(trainer, datamodule)
         trainer.fit(module, datamodule, ckpt_path=_checkpoint(folder), weights_only=True)
         if not config.trainer.fast_dev_run:
-            module = _delivered(config, scenario, folder, timer)
+            module = _delivered(config, scenario, teacher, folder, timer)
             if rounds:
                 rounds.catch_up(datamodule)
         if scenario.client_test is not None:
@@ -185,6 +192,7 @@ def train(config: Config) -> dict[str, Any]:
             "per_step": timer.seconds_per_step,
             "total": time.perf_counter() - start,
         },
+        **_sizes(module, teacher, scenario, trainer),
     )
     if trainer.is_global_zero and not config.trainer.fast_dev_run:
         save_model(folder / "model.safetensors", module.model)  # for `ecos-client evaluate`
@@ -260,20 +268,22 @@ def _view(config: Config) -> TrainingView:
     from datamodules.proxy import TrainingView
 
     task = config.task
-    assert isinstance(task, SelfLabelingOptions)
+    assert isinstance(task, (SelfLabelingOptions, DistillationOptions))
+    labels_itself = isinstance(task, SelfLabelingOptions) and _method(config) != "supervised"
     return TrainingView(
         image_size=task.image_size,
         batch_size=task.batch_size,
         augment=task.augment,  # type: ignore[arg-type]  # the config allows the same names
-        unlabeled_ratio=0 if _method(config) == "supervised" else task.unlabeled_ratio,
+        unlabeled_ratio=task.unlabeled_ratio if labels_itself else 0,
         val_fraction=task.val_fraction,
         num_workers=task.num_workers,
+        num_views=task.num_views if isinstance(task, DistillationOptions) else None,
     )
 
 
 def _labeler(config: Config, scenario: Scenario) -> Labeler:
     from ecos_pl.human_labeler import HumanLabeler
-    from ecos_pl.labeling import PublicLabeler
+    from ecos_pl.labeling import NoLabels, PublicLabeler
     from ecos_pl.prototype_labeler import PrototypeLabeler
     from ecos_pl.table_labeler import TableLabeler
     from ecos_pl.vote_labeler import VoteLabeler
@@ -308,6 +318,8 @@ def _labeler(config: Config, scenario: Scenario) -> Labeler:
         )
     if isinstance(config.labels, HumanLabelsOptions):
         return HumanLabeler(scenario.classes)
+    if isinstance(config.labels, NoLabelsOptions):
+        return NoLabels(scenario.classes)
     assert isinstance(config.labels, PublicLabelsOptions)
     return PublicLabeler(scenario.classes)
 
@@ -368,8 +380,64 @@ def _rounds(config: Config) -> RoundPlan | None:
     )
 
 
+def _check_labels(config: Config) -> None:
+    """Say what the labels are good for where that may surprise."""
+    if config.train_on == "client":
+        return
+    none, task = isinstance(config.labels, NoLabelsOptions), config.task
+    if not isinstance(task, DistillationOptions):
+        if none:
+            raise ConfigError(
+                f"labels=none leaves task={task.name} nothing to learn: choose other labels, or "
+                "task=distillation"
+            )
+    elif none and task.label_weight and is_first_process():
+        log.warning("task.label_weight=%g adds nothing with labels=none", task.label_weight)
+    elif not task.label_weight and config.labels.name.startswith("client") and is_first_process():
+        log.warning(
+            "labels=%s spends privacy on labels that task.label_weight=0 does not use; labels=none "
+            "asks for none",
+            config.labels.name,
+        )
+
+
+def _teacher(config: Config, scenario: Scenario) -> FrozenTeacher | None:
+    """Whom the student follows, trained first if need be; None for other methods."""
+    task = config.task
+    if not isinstance(task, DistillationOptions):
+        return None
+    from ecos_pl.teacher import delivered_teacher, timm_teacher
+
+    if task.teacher == "timm":
+        return timm_teacher(
+            task.teacher_backbone, task.teacher_weights, task.teacher_image_size, scenario.classes
+        )
+    if task.teacher != "public":
+        return delivered_teacher(Path(task.teacher).expanduser(), scenario.classes)
+    from datamodules.public_teacher import TeacherPlan, public_teacher
+
+    plan = TeacherPlan(
+        backbone=task.teacher_backbone,
+        weights=task.teacher_weights,
+        image_size=task.teacher_image_size,
+        num_steps=task.teacher_steps,
+        batch_size=task.teacher_batch_size,
+        learning_rate=task.teacher_learning_rate,
+        augment=task.augment,  # type: ignore[arg-type]  # the config allows the same names
+        precision=config.trainer.precision,
+    )
+    return public_teacher(
+        scenario.pool,
+        scenario.classes,
+        plan,
+        _cache_dir(config),
+        lambda folder: _teacher_trainer(config, task, folder),
+        num_workers=task.num_workers,
+    )
+
+
 def _datamodule(
-    config: Config, scenario: Scenario, folder: Path
+    config: Config, scenario: Scenario, folder: Path, teacher: FrozenTeacher | None = None
 ) -> ProxySamplingDataModule | LocalDataModule:
     from datamodules.local import LocalDataModule
     from datamodules.proxy import ProxySamplingDataModule
@@ -377,7 +445,7 @@ def _datamodule(
     from ecos_pl.probe import ProbePlan
 
     if config.train_on == "client":
-        return LocalDataModule(scenario, _view(config), seed=config.seed)
+        return LocalDataModule(scenario, _view(config), seed=config.seed, teacher=teacher)
     plan = ProbePlan(
         encoder=EncoderSpec(config.encoder.name, config.encoder.weights, config.encoder.image_size),
         num_clusters=config.probe.num_clusters,
@@ -405,6 +473,8 @@ def _datamodule(
         embed_batch_size=config.encoder.batch_size,
         embed_workers=config.encoder.num_workers,
         seed=config.seed,
+        teacher=teacher,
+        ask_teacher_once=not getattr(config.task, "feature_weight", 0),
     )
 
 
@@ -437,16 +507,15 @@ def _remote_mailbox(options: MailboxOptions) -> RemoteMailbox:
     )
 
 
-def _module(config: Config, scenario: Scenario) -> L.LightningModule:
+def _module(
+    config: Config, scenario: Scenario, teacher: FrozenTeacher | None = None
+) -> L.LightningModule:
+    from ecos_pl.modules.distillation import DistillationModule
     from ecos_pl.modules.self_labeling import SelfLabelingModule
     from ecos_pl.warm_start import new_classifier
 
     task = config.task
-    assert isinstance(task, SelfLabelingOptions)
-    if task.pseudo_labels_from == "average" and task.ema_decay is None:
-        raise ConfigError(
-            "task.pseudo_labels_from=average needs task.ema_decay: no weights are averaged"
-        )
+    assert isinstance(task, (SelfLabelingOptions, DistillationOptions))
     model = new_classifier(
         scenario.classes,
         backbone=task.backbone,
@@ -454,6 +523,21 @@ def _module(config: Config, scenario: Scenario) -> L.LightningModule:
         image_size=task.image_size,
         seed=config.seed,
     )
+    if isinstance(task, DistillationOptions):
+        assert teacher is not None
+        return DistillationModule(
+            model,
+            teacher,
+            temperature=task.temperature,
+            distillation_weight=task.distillation_weight,
+            label_weight=task.label_weight,
+            feature_weight=task.feature_weight,
+            learning_rate=task.learning_rate,
+            weight_decay=task.weight_decay,
+            compiled=task.compile,
+        )
+    if task.pseudo_labels_from == "average" and task.ema_decay is None:
+        raise ConfigError("task.pseudo_labels_from=average needs averaged weights: task.ema_decay")
     return SelfLabelingModule(
         model,
         learning_rate=task.learning_rate,
@@ -482,6 +566,41 @@ def _method(config: Config) -> Method:
         return "supervised"
     default = "fixmatch" if config.labels.name == "human" else "supervised"
     return task.method or default  # type: ignore[return-value]  # the config allows the same names
+
+
+def _teacher_trainer(config: Config, task: DistillationOptions, folder: Path) -> L.Trainer:
+    """One device trains the teacher, whatever launched this process."""
+    import lightning as L
+    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+
+    from callbacks.stop_and_resume import StopAndResume
+
+    callbacks: list[L.Callback] = []
+    if not config.trainer.fast_dev_run:
+        checkpoints = folder / "checkpoints"
+        callbacks.append(ModelCheckpoint(checkpoints, save_last=True, save_on_train_epoch_end=True))
+        callbacks.append(StopAndResume(checkpoints / "stopped.ckpt"))
+    progress = config.trainer.enable_progress_bar and sys.stdout.isatty()
+    if progress:
+        callbacks.append(RichProgressBar(leave=True))
+    return L.Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=1,
+        plugins=[LightningEnvironment()],
+        precision=config.trainer.precision,  # type: ignore[arg-type]
+        deterministic=config.trainer.deterministic,
+        max_epochs=-1,
+        max_steps=task.teacher_steps,
+        fast_dev_run=config.trainer.fast_dev_run,
+        callbacks=callbacks,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=not config.trainer.fast_dev_run,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
 
 
 def _label_rounds(config: Config, folder: Path) -> LabelRounds | None:
@@ -526,7 +645,7 @@ def _trainer(
         checkpoints = folder / "checkpoints"
         callbacks.append(ModelCheckpoint(checkpoints, save_last=True, save_on_train_epoch_end=True))
     if (
-        averages := isinstance(config.task, SelfLabelingOptions)
+        averages := isinstance(config.task, (SelfLabelingOptions, DistillationOptions))
         and config.task.ema_decay is not None
     ):
         callbacks.append(WarmupWeightAveraging(config.task.ema_decay))
@@ -615,6 +734,28 @@ def _logger(config: Config, folder: Path) -> Any:
     from lightning.pytorch.loggers import CSVLogger
 
     return CSVLogger(folder, name="metrics")
+
+
+def _sizes(
+    module: Any, teacher: FrozenTeacher | None, scenario: Scenario, trainer: L.Trainer
+) -> dict[str, Any]:
+    """For the summary: what is delivered, and the teacher beside it."""
+    if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        return {}
+    from datamodules.loaders import image_loader
+    from datamodules.proxy import client_images
+    from ecos_pl.evaluation import accuracy
+    from ecos_pl.model_size import size_facts
+
+    device = trainer.strategy.root_device
+    sizes: dict[str, Any] = {"model": size_facts(module.model, device)}
+    if teacher is not None:
+        sizes["teacher"] = size_facts(teacher.model, device)
+        if scenario.client_test is not None:
+            images = client_images(scenario, "test", teacher.image_size)
+            loader = image_loader(images, 64, num_workers=0, train=False, seed=0)
+            sizes["teacher"]["test_accuracy"] = accuracy(teacher.model, loader)
+    return sizes
 
 
 # --- several processes ---------------------------------------------------------------------------
@@ -735,7 +876,9 @@ def _checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
-def _delivered(config: Config, scenario: Scenario, folder: Path, timer: Any) -> L.LightningModule:
+def _delivered(
+    config: Config, scenario: Scenario, teacher: FrozenTeacher | None, folder: Path, timer: Any
+) -> L.LightningModule:
     """A new module with the weights of the last checkpoint, averaged ones where there are any.
 
     Tested is what is delivered. Not the trained module itself, whose weights may be spread over
@@ -744,7 +887,7 @@ def _delivered(config: Config, scenario: Scenario, folder: Path, timer: Any) -> 
     """
     import torch
 
-    module = _module(config, scenario)
+    module = _module(config, scenario, teacher)
     if (last := _checkpoint(folder)) is not None:
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
         module.load_state_dict(checkpoint["state_dict"])
@@ -794,6 +937,7 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*using the WeightAveraging callback, but loading.*outside the 'fit' stage.*",
+        ".*You defined a `validation_step` but have no `val_dataloader`.*",  # of a teacher
         ".*srun.*command is available.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen ones are

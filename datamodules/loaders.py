@@ -137,7 +137,7 @@ class Drawn(Dataset[Any]):
 
     Args:
         dataset: Augments with the global generators of torch, numpy and Python. Where draws may
-            fill up, its items are ``(image, target, weight)``.
+            fill up, its items are ``(image, target, weight, …)``; all but the first two become 0.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -163,8 +163,8 @@ class Drawn(Dataset[Any]):
                 random.setstate(states[2])
         if draw.counts:
             return item
-        image, target, weight = item
-        return image, target, torch.zeros_like(weight)
+        image, target, *weights = item
+        return image, target, *map(torch.zeros_like, weights)
 
 
 def _seed_all(seed: int) -> None:

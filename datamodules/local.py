@@ -6,18 +6,15 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from datamodules.loaders import image_loader, place_of
-from datamodules.proxy import (
-    LabelledImages,
-    TrainingView,
-    class_shares,
-    client_images,
-    view_workers,
-)
+from datamodules.proxy import TrainingView, class_shares, client_images, view_workers
 from datamodules.scenario import Scenario
+from datamodules.transfer import TransferImages
 from datamodules.views import make_view
 from ecos_pl.probe_result import ProbeResult
+from ecos_pl.teacher import FrozenTeacher
 
 
 class LocalDataModule(L.LightningDataModule):
@@ -29,11 +26,19 @@ class LocalDataModule(L.LightningDataModule):
         scenario: The simulated client.
         view: How images reach the training step.
         seed: Of the batches' order.
+        teacher: Whom a student is to follow; its scores of private images are never kept.
     """
 
-    def __init__(self, scenario: Scenario, view: TrainingView, *, seed: int = 1) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        view: TrainingView,
+        *,
+        seed: int = 1,
+        teacher: FrozenTeacher | None = None,
+    ) -> None:
         super().__init__()
-        self.scenario, self.view, self.seed = scenario, view, seed
+        self.scenario, self.view, self.seed, self.teacher = scenario, view, seed, teacher
         self.probe_result: ProbeResult | None = None
         self.simulation: dict[str, float | None] = {}
         self.rounds: list[dict[str, Any]] = []
@@ -46,15 +51,20 @@ class LocalDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Labelled batches of the client's training images."""
-        images = client_images(self.scenario, "train", self.view.image_size)
-        images.view = make_view(self.view.augment, self.view.image_size)
-        return self._loader(images, train=True)
+        size = max(self.view.image_size, self.teacher.image_size if self.teacher else 0)
+        images = client_images(self.scenario, "train", size)
+        images.view = make_view(self.view.augment, size)
+        if self.teacher is None:
+            return self._loader(images, train=True)
+        views = self.view.num_fixed_views
+        transfer = TransferImages(images, images.weights, num_views=views, seed=self.seed)
+        return self._loader(transfer, train=True)
 
     def test_dataloader(self) -> Any:
         """The client's test images."""
         return self._loader(client_images(self.scenario, "test", self.view.image_size))
 
-    def _loader(self, images: LabelledImages, train: bool = False) -> Any:
+    def _loader(self, images: Dataset[Any], train: bool = False) -> Any:
         return image_loader(
             images,
             self.view.batch_size,

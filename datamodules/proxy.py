@@ -14,10 +14,11 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from datamodules.loaders import default_workers, equally_long, image_loader, place_of
 from datamodules.scenario import Scenario
+from datamodules.transfer import TransferImages, teacher_logits
 from datamodules.views import Augment, make_view
 from ecos_pl.client import Client
 from ecos_pl.client_policy import ClientPolicy
@@ -32,6 +33,8 @@ from ecos_pl.probe_result import ProbeResult
 from ecos_pl.proxy_set import ProxySet
 from ecos_pl.ranks import Ranks
 from ecos_pl.relabeling import Relabeler
+from ecos_pl.storage import fingerprint_of
+from ecos_pl.teacher import FrozenTeacher
 
 MIN_SIMULATED_MULTIPLIER = 0.05
 """Noise below which a simulated client refuses: its ε is limited by the plan's max_epsilon."""
@@ -48,6 +51,8 @@ class TrainingView:
         unlabeled_ratio: Unlabelled images per labelled one; 0 for none.
         val_fraction: Share of the labelled images held out.
         num_workers: Processes that read images, for each device; None for what the cores allow.
+        num_views: Fixed views of an image that a teacher is asked about; None draws new ones.
+            Without augmentation there is only one.
     """
 
     image_size: int = 48
@@ -56,6 +61,12 @@ class TrainingView:
     unlabeled_ratio: int = 0
     val_fraction: float = 0.1
     num_workers: int | None = 0
+    num_views: int | None = None
+
+    @property
+    def num_fixed_views(self) -> int | None:
+        """Views of an image that ever occur; None without limit."""
+        return 1 if self.augment == "none" else self.num_views
 
 
 class LabelledImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -161,6 +172,9 @@ class ProxySamplingDataModule(L.LightningDataModule):
         embed_batch_size: Images embedded at once.
         embed_workers: Processes that read images for the encoder.
         seed: Of the held-out part and of the batches' order.
+        teacher: Whom a student is to follow. All chosen images then train, labelled or not, as
+            ``TransferImages`` of the larger of both networks' image sizes.
+        ask_teacher_once: Where the views are fixed, keep the teacher's scores on disk.
 
     Attributes:
         probe_result: What the probe found, from ``setup()`` on.
@@ -186,8 +200,12 @@ class ProxySamplingDataModule(L.LightningDataModule):
         embed_batch_size: int = 256,
         embed_workers: int | None = None,
         seed: int = 1,
+        teacher: FrozenTeacher | None = None,
+        ask_teacher_once: bool = True,
     ) -> None:
         super().__init__()
+        self.teacher, self.ask_teacher_once = teacher, ask_teacher_once
+        self._teacher_logits: Tensor | None = None
         self.scenario, self.plan, self.labeler, self.view = scenario, plan, labeler, view
         self.relabeler = relabeler
         self.run_root, self.cache_dir = run_root, cache_dir or run_root / "cache"
@@ -215,6 +233,9 @@ class ProxySamplingDataModule(L.LightningDataModule):
             self.probe_seconds = time.perf_counter() - start
             self.simulation = self._evaluate(self.probe_result)
             self._labels = _Labels.shared(self.probe_result.proxy_set)
+        if stage == "fit" and self.teacher is not None and self._teacher_logits is None:
+            with isolate_rng():
+                self._teacher_logits = self._ask_teacher(self.teacher, self.probe_result)
 
     def ask_again(self, number: int, backbone: Path, image_size: int, ranks: Ranks) -> LabelRound:
         """One further round of labels (``Probe.ask_again``); all ranks call this."""
@@ -253,7 +274,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         """Labelled batches; with unlabelled ones beside them if the view asks for it."""
         result, view = self._result(), self.view
         rows = self._split(result)[0]
-        labelled = self._loader(self._labelled(result, rows, view.augment), train=True)
+        labelled = self._loader(self._images(result, rows, view.augment), train=True)
         if not view.unlabeled_ratio or not self.num_unlabeled:
             return labelled
         unlabeled = result.unlabeled.tolist()
@@ -267,7 +288,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         """The held-out part of the proxy set, with its pseudo-labels; no client data."""
         result = self._result()
         rows = self._split(result)[1]
-        return self._loader(self._labelled(result, rows, "none")) if len(rows) else []
+        return self._loader(self._images(result, rows, "none")) if len(rows) else []
 
     def test_dataloader(self) -> Any:
         """The client's test images with their true classes: a simulation."""
@@ -345,8 +366,9 @@ class ProxySamplingDataModule(L.LightningDataModule):
         }
 
     def _split(self, result: ProbeResult) -> tuple[Tensor, Tensor]:
-        """Rows of the proxy set to train on and to hold out: labelled ones, at random."""
-        labelled = torch.nonzero(result.proxy_set.weights > 0).flatten()
+        """Rows of the proxy set to train on and to hold out, at random: all, or labelled ones."""
+        counts = result.proxy_set.weights > (0 if self.teacher is None else -1)
+        labelled = torch.nonzero(counts).flatten()
         generator = torch.Generator().manual_seed(self.seed)
         shuffled = labelled[torch.randperm(len(labelled), generator=generator)]
         num_held_out = min(int(self.view.val_fraction * len(shuffled)), len(shuffled) - 1)
@@ -363,6 +385,55 @@ class ProxySamplingDataModule(L.LightningDataModule):
             augment,
             rows.tolist(),
         )
+
+    def _images(self, result: ProbeResult, rows: Tensor, augment: Augment) -> Dataset[Any]:
+        if self.teacher is None:
+            return self._labelled(result, rows, augment)
+        return Subset(self._transfer(self.teacher, result, augment), rows.tolist())
+
+    def _transfer(
+        self, teacher: FrozenTeacher, result: ProbeResult, augment: Augment
+    ) -> TransferImages:
+        """All chosen images, in views of the fixed ones if these are meant to be augmented so."""
+        fixed = self.view.num_fixed_views if augment == self.view.augment else None
+        proxy_set = result.proxy_set
+        images = LabelledImages(
+            self.scenario.pool,
+            result.indices.tolist(),
+            proxy_set.targets,
+            torch.ones(len(proxy_set)),
+            max(self.view.image_size, teacher.image_size),
+            augment,
+        )
+        return TransferImages(
+            images,
+            proxy_set.weights,
+            num_views=fixed,
+            seed=self.seed,
+            logits=self._teacher_logits if fixed else None,
+        )
+
+    def _ask_teacher(self, teacher: FrozenTeacher, result: ProbeResult) -> Tensor | None:
+        if self.view.num_fixed_views is None or not self.ask_teacher_once:
+            return None
+        images = self._transfer(teacher, result, self.view.augment)
+        facts = [
+            self.scenario.pool.fingerprint,
+            fingerprint_of(result.indices.tolist()),
+            self.view.augment,
+            max(self.view.image_size, teacher.image_size),
+        ]
+        with Ranks.of_processes() as ranks:
+            return teacher_logits(
+                teacher,
+                images,
+                facts,
+                self.cache_dir,
+                device=self.trainer.strategy.root_device if self.trainer else "cpu",
+                batch_size=self.view.batch_size,
+                num_workers=view_workers(self.view, self.trainer),
+                ranks=ranks,
+            )
 
     def _loader(
         self, dataset: Dataset[Any], train: bool = False, batch_size: int | None = None

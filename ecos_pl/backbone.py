@@ -24,7 +24,13 @@ class WeightsError(ValueError):
 
 
 def create_backbone(
-    name: str, weights: str = "auto", *, image_size: int, num_classes: int = 0, seed: int = 0
+    name: str,
+    weights: str = "auto",
+    *,
+    image_size: int,
+    num_classes: int = 0,
+    seed: int = 0,
+    keep_head: bool = False,
 ) -> nn.Module:
     """Make a timm model and load its weights.
 
@@ -36,6 +42,7 @@ def create_backbone(
         image_size: Side of the square input, in pixels.
         num_classes: Outputs of a fresh linear head; 0 gives pooled features instead.
         seed: For whatever is initialised at random.
+        keep_head: Load the head too, of ``head_size`` outputs, where they are ``num_classes``.
 
     Raises:
         WeightsError: The name is unknown, or the weights are missing or of another architecture.
@@ -55,12 +62,15 @@ def create_backbone(
         if name.split(".")[0] == PACKAGED and (path == packaged_path() or _PACKAGED_KEY in state):
             state = _in_the_order_of(timm.create_model(name).state_dict(), state, path)
 
+        # timm loads a head that has as many outputs as the configuration says.
+        head = {"num_classes": num_classes} if keep_head else {}
+
         def load(state: dict[str, Tensor], num_classes: int) -> nn.Module:
             torch.manual_seed(seed)
             loaded: nn.Module = timm.create_model(
                 name,
                 pretrained=True,
-                pretrained_cfg_overlay={"state_dict": state},
+                pretrained_cfg_overlay={"state_dict": state, **head},
                 num_classes=num_classes,
                 **options,
             )
@@ -73,6 +83,24 @@ def create_backbone(
         except (RuntimeError, KeyError, AttributeError) as error:
             first = str(error).strip().splitlines()[0]
             raise WeightsError(f"{path} does not hold weights of {name}: {first}") from error
+
+
+def head_size(name: str, weights: str) -> int:
+    """Outputs of the head that comes with some weights; not ``random``.
+
+    Raises:
+        WeightsError: There are no such weights, or they hold no head.
+    """
+    path = weights_path(name, weights)
+    if path is None:
+        raise WeightsError("weights=random: they hold no head")
+    state, config = _read_state_dict(path), _config(name)
+    if _PACKAGED_KEY in state:
+        return len(next(reversed(state.values())))
+    for head in [config.classifier] if isinstance(config.classifier, str) else config.classifier:
+        if (bias := state.get(f"{head}.bias")) is not None:
+            return len(bias)
+    raise WeightsError(f"{path} holds no head of {name}")
 
 
 def weights_path(name: str, weights: str) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,3 +89,14 @@ class Classifier(nn.Module):
         """Class scores [B, K] of images [B, 3, S, S] uint8."""
         logits: Tensor = self.net(self.normalise(images))
         return logits
+
+    @property
+    def num_features(self) -> int:
+        """Dimensions of what the head sees."""
+        return int(self.net.head_hidden_size)  # type: ignore[arg-type]  # every timm model has it
+
+    def with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class scores [B, K] of images [B, 3, S, S] uint8, and what the head saw [B, D]."""
+        net: Any = self.net
+        features = net.forward_head(net.forward_features(self.normalise(images)), pre_logits=True)
+        return net.get_classifier()(features), features

@@ -39,11 +39,13 @@ __all__ = [
     "Config",
     "ConfigError",
     "CsvOptions",
+    "DistillationOptions",
     "EncoderOptions",
     "FolderOptions",
     "HumanLabelsOptions",
     "MixedDigitsOptions",
     "MnistFashionOptions",
+    "NoLabelsOptions",
     "NoLoggerOptions",
     "PrivacyOptions",
     "ProbeOptions",
@@ -360,6 +362,13 @@ class HumanLabelsOptions(Part):
 
 
 @dataclass
+class NoLabelsOptions(Part):
+    """No labels, and nothing asked for them: enough for a student who follows a teacher."""
+
+    name: str = "none"
+
+
+@dataclass
 class SelfLabelingOptions(Part):
     """Train a classifier on the labelled proxy set, with unlabelled pool images if wanted."""
 
@@ -425,6 +434,73 @@ class SelfLabelingOptions(Part):
         0.1, "share of the proxy set held out to follow training", minimum=0, below=0.5
     )
     num_workers: int | None = option(None, _WORKERS, minimum=0)
+
+
+@dataclass
+class DistillationOptions(Part):
+    """Train a small student to answer like a teacher on the proxy set; labels are not needed."""
+
+    name: str = "distillation"
+    backbone: str = option("lcnet_035", "the timm model to train: the student")
+    weights: str = option("random", f"the student's; {_WEIGHTS}")
+    image_size: int = option(32, "side of the student's images, in pixels", minimum=16)
+    batch_size: int = option(64, "images per step, on each device", minimum=1)
+    learning_rate: float = option(
+        4e-3, "highest learning rate; not scaled with the number of devices", above=0
+    )
+    weight_decay: float = option(1e-2, "decoupled weight decay", minimum=0)
+    temperature: float = option(
+        2.0, "by which teacher's and student's scores are divided before they are compared", above=0
+    )
+    distillation_weight: float = option(
+        1.0, "weight of the distillation loss, which has the temperature's square in it", minimum=0
+    )
+    label_weight: float = option(
+        0.0,
+        "weight of the cross-entropy on the labels of the proxy set, where it has any",
+        minimum=0,
+    )
+    feature_weight: float = option(
+        0.0,
+        "weight of the distance between the teacher's last features and the student's, through a "
+        "projector; 0: off",
+        minimum=0,
+    )
+    ema_decay: float | None = option(
+        0.99, "decay of the averaged weights per step; null: no averaging", minimum=0, below=1
+    )
+    augment: str = option(
+        "affine",
+        "crop shifts; affine turns, scales and shears too; …_flip also mirrors, not for digits "
+        "or text; teacher and student see the same view",
+        choices=("none", "crop", "crop_flip", "affine", "affine_flip"),
+    )
+    num_views: int | None = option(
+        None,
+        "fixed views of each image, on which the teacher is run once and its scores kept on disk; "
+        "null: a new view each time, the teacher runs along (augment=none: always one)",
+        minimum=1,
+    )
+    val_fraction: float = option(
+        0.1, "share of the proxy set held out to follow training", minimum=0, below=0.5
+    )
+    num_workers: int | None = option(None, _WORKERS, minimum=0)
+    compile: bool = option(False, "run the student's training pass through torch.compile")
+    teacher: str = option(
+        "public",
+        "public: trained once on those pool images that the pool labels with the client's classes; "
+        "timm: teacher_backbone with its own head; or the model.safetensors of an earlier run",
+    )
+    teacher_backbone: str = option("tf_efficientnet_lite0", "timm model of teacher=public or timm")
+    teacher_weights: str = option("auto", f"of teacher=public (to start from) or timm; {_WEIGHTS}")
+    teacher_image_size: int = option(
+        48, "side of the images of teacher=public or timm, in pixels", minimum=16
+    )
+    teacher_steps: int = option(
+        400, "optimizer steps that teacher=public is trained for", minimum=1
+    )
+    teacher_batch_size: int = option(64, "images per step of teacher=public", minimum=1)
+    teacher_learning_rate: float = option(1e-3, "highest learning rate of teacher=public", above=0)
 
 
 @dataclass
@@ -531,8 +607,9 @@ class Config:
         ClientKnnOptions,
         HumanLabelsOptions,
         PublicLabelsOptions,
+        NoLabelsOptions,
     )
-    task: Part = part(SelfLabelingOptions)
+    task: Part = part(SelfLabelingOptions, DistillationOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
     logger: Part = part(CsvOptions, WandbOptions, NoLoggerOptions)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from ecos_pl.classifier import Classifier
 from ecos_pl.images import ImageSource
 from ecos_pl.proxy_set import ProxySet
 
@@ -48,3 +49,20 @@ def class_numbers(source: ImageSource, classes: Sequence[str]) -> Tensor:
     """Class number [len(source)] int64 of each image, -1 where it is none of ``classes``."""
     number = {name: k for k, name in enumerate(classes)}
     return torch.tensor([number.get(label or "", -1) for label in source.labels])
+
+
+def accuracy(model: Classifier, batches: Iterable[Sequence[Tensor]]) -> float | None:
+    """Share of right answers of a model in eval mode; None where no image counts.
+
+    Args:
+        model: On any device.
+        batches: ``(images [B, 3, S, S], targets [B, K], weights [B])``; weight 0 does not count.
+    """
+    device = next(model.parameters()).device
+    right, num_images = 0, 0
+    with torch.inference_mode():
+        for images, targets, weights in batches:
+            answers = model(images.to(device)).argmax(dim=1).cpu()
+            right += int(((answers == targets.argmax(dim=1)) & (weights > 0)).sum())
+            num_images += int((weights > 0).sum())
+    return right / num_images if num_images else None

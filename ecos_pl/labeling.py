@@ -1,4 +1,4 @@
-"""Who labels the proxy set: what every labeler is given and gives, and the pool's own annotations.
+"""Who labels the proxy set: what every labeler is given and gives; the pool's labels, and none.
 
 The labelers that ask the client are in `prototype_labeler.py`, `table_labeler.py` and
 `vote_labeler.py`.
@@ -162,3 +162,29 @@ class PublicLabeler:
             )
         targets = torch.nn.functional.one_hot(torch.tensor(found).clamp_min(0), len(self.classes))
         return Labels(self.classes, targets.float() * known[:, None], known.float())
+
+
+class NoLabels:
+    """Nobody labels: for a student who follows a teacher. The coverage counts alone spend ε."""
+
+    name = "none"
+    features = "final"
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = list(classes)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Labeler`."""
+        return {"classes": self.classes}
+
+    def plan(
+        self, spent: Sequence[Release], *, max_epsilon: float, delta: float, sample_rate: float
+    ) -> list[Release]:
+        """The client releases nothing."""
+        return []
+
+    def label(self, task: LabelingTask) -> Labels:
+        """See `Labeler`."""
+        num_images = len(task.indices)
+        targets = torch.zeros(num_images, len(self.classes))
+        return Labels(self.classes, targets, torch.zeros(num_images))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -62,6 +65,29 @@ def committed_folder(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def one_at_a_time(path: Path, note: str = "") -> Iterator[None]:
+    """Run the block while no other process is in one of the same file; wait for as long as need be.
+
+    Signals are heard while waiting, and a process that ends leaves its block.
+
+    Args:
+        path: A lock file; it stays, empty.
+        note: What the log says if there is a wait.
+    """
+    import fcntl  # not on Windows, where a client may run
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if note:
+                log.warning("waiting: %s", note)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def fingerprint_of(facts: Any) -> str:

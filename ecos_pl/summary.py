@@ -28,6 +28,8 @@ def summarise(
     rounds: Sequence[dict[str, Any]] = (),
     simulation: dict[str, float | None],
     seconds: dict[str, float | None],
+    model: dict[str, Any] | None = None,
+    teacher: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Gather plain data for ``summary.json``.
 
@@ -39,6 +41,8 @@ def summarise(
         simulation: ``purity``, ``random_purity``, ``label_accuracy``, ``test_accuracy``.
         seconds: ``probe, fit, test, per_step, total``. The steps of the probe are added: those
             of this run, so 0 where their results were on disk.
+        model: What is delivered: ``model_size.size_facts``.
+        teacher: The same of a student's teacher, with its ``test_accuracy`` in a simulation.
     """
     steps = probe.seconds if probe is not None and not probe.from_disk else {}
     shown = ("purity", "random_purity", "label_accuracy", "test_accuracy")
@@ -55,6 +59,9 @@ def summarise(
             **{name: _rounded(value, 3) for name, value in seconds.items()},
         },
     }
+    for name, facts in (("model", model), ("teacher", teacher)):
+        if facts is not None:
+            summary[name] = dict(facts)
     if probe is not None:
         summary["proxy"] = {
             "size": len(probe.proxy_set),
@@ -81,6 +88,17 @@ def add_delivery(summary: dict[str, Any], file: str, num_bytes: int) -> None:
 
 def _rounded(number: float | None, digits: int) -> float | None:
     return None if number is None else round(number, digits)
+
+
+def _size_text(facts: dict[str, Any]) -> str:
+    text = (
+        f"{facts['backbone']} at {facts['image_size']} px: {facts['parameters'] / 1e6:.2f} M "
+        f"parameters, {facts['size_mb']:.1f} MB, {facts['macs'] / 1e6:.1f} M multiply-adds, "
+        f"{facts['latency_ms']:.2g} ms an image"
+    )
+    if facts.get("test_accuracy") is not None:
+        text += f"; test accuracy* {facts['test_accuracy']:.4f}"
+    return text
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
@@ -139,6 +157,9 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         table.add_row("trained on", "the client's own images, on the client's side")
     if known["test_accuracy"] is not None:
         table.add_row("test accuracy*", f"{known['test_accuracy']:.4f}")
+    for name in ("model", "teacher"):
+        if name in summary:
+            table.add_row(name, _size_text(summary[name]))
     steps = ", ".join(f"{step} {seconds[step]:.1f}" for step in _STEPS if seconds[step])
     times = f"{steps}, " if steps else ""
     times += f"fit {seconds['fit'] or 0:.1f}, test {seconds['test'] or 0:.1f}"

@@ -7,7 +7,7 @@ import torch
 from ecos_pl.accounting import epsilon_of
 from ecos_pl.client_answers import prototype_answer, table_answer, vote_answer
 from ecos_pl.encoder import EncoderSpec
-from ecos_pl.labeling import LabelingTask, PublicLabeler
+from ecos_pl.labeling import LabelingTask, NoLabels, PublicLabeler
 from ecos_pl.messages import (
     MessageError,
     PrototypeAnswer,
@@ -47,6 +47,15 @@ def test_public_labels_are_the_pools_own_and_others_weigh_nothing():
     assert labels.targets.tolist() == [[0, 0], [0, 1], [0, 0]]
     assert labels.releases == []
     assert labeler.plan([], max_epsilon=1, delta=1e-5, sample_rate=1) == []
+
+
+def test_nobody_labels_and_nothing_is_asked():
+    labeler = NoLabels(["dog", "cat"])
+    labels = labeler.label(public_task([2, 0, 1]))
+    assert labels.targets.shape == (3, 2)
+    assert not labels.targets.any()
+    assert not labels.weights.any()
+    assert labels.releases == labeler.plan([], max_epsilon=1, delta=1e-5, sample_rate=1) == []
 
 
 def test_public_labels_that_fit_no_class_are_an_error():

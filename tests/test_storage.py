@@ -6,7 +6,13 @@ import sys
 
 import pytest
 
-from ecos_pl.storage import committed_folder, fingerprint_of, read_json, write_bytes, write_json
+from ecos_pl.storage import (
+    committed_folder,
+    fingerprint_of,
+    read_json,
+    write_bytes,
+    write_json,
+)
 
 
 def names(folder):
@@ -124,3 +130,37 @@ def test_fingerprints():
         json.dumps({"a": 1}),
     ]
     assert len({one, *map(fingerprint_of, others)}) == 5
+
+
+WAITS = """
+import sys
+from pathlib import Path
+from ecos_pl.storage import one_at_a_time
+folder = Path(sys.argv[1])
+with one_at_a_time(folder / "lock", "another has it"):
+    print((folder / "done").exists())
+"""
+
+
+def test_one_process_at_a_time_and_one_that_is_killed_makes_way(tmp_path):
+    def start(script):
+        return subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    holds = WAITS.replace(
+        "    print(", "    print('in', flush=True)\n    import time; time.sleep(600); ("
+    )
+    holder = start(holds)
+    try:
+        assert holder.stdout.readline() == "in\n"
+        waiting = start(WAITS)
+        assert waiting.stderr.readline() == "waiting: another has it\n"
+        (tmp_path / "done").touch()
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert waiting.communicate(timeout=60)[0] == "True\n"

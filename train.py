@@ -7,6 +7,7 @@ Whatever is heavy is imported late, so that --help and mistakes are quick.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from ecos_pl.config import (
     ClientKnnOptions,
     ClientPrototypesOptions,
     ClientTableOptions,
+    CompressionOptions,
     Config,
     ConfigError,
     FolderOptions,
@@ -56,9 +59,11 @@ if TYPE_CHECKING:
     from datamodules.local import LocalDataModule
     from datamodules.proxy import ProxySamplingDataModule, TrainingView
     from datamodules.scenario import Scenario
+    from ecos_pl.classifier import Classifier
     from ecos_pl.images import PoolSource
     from ecos_pl.labeling import Labeler
     from ecos_pl.mailbox import Mailbox
+    from ecos_pl.pruning_plan import PruningPlan, Target
 
 HERE = Path(__file__).resolve().parent
 CONFIG_DIR = HERE / "configs"
@@ -142,14 +147,16 @@ def train(config: Config) -> dict[str, Any]:
     folder = _run_folder(config)
     scenario = _scenario(config)
     datamodule = _datamodule(config, scenario)
-    module = _module(config, scenario)
+    module = _module(config, scenario, folder, datamodule)
     trainer, timer = _trainer(config, folder)
+    if isinstance(config.task, CompressionOptions) and trainer.world_size > 1:
+        raise ConfigError("task=compression trains on one device: add trainer.devices=1")
     metrics = []
     with _children_end_too(trainer):
         _probe_here_if_workers_cannot_tell(trainer, datamodule)
         trainer.fit(module, datamodule, ckpt_path=_checkpoint(folder), weights_only=True)
         if not config.trainer.fast_dev_run:
-            module = _delivered(config, scenario, folder, timer)
+            module = _delivered(config, scenario, folder, datamodule, timer)
         if scenario.client_test is not None:
             metrics = trainer.test(module, datamodule, verbose=False)
     summary = summarise(
@@ -168,6 +175,10 @@ def train(config: Config) -> dict[str, Any]:
             "total": time.perf_counter() - start,
         },
     )
+    if isinstance(config.task, CompressionOptions):
+        summary["compression"] = _compressed(config, folder, module, datamodule)
+        if not config.trainer.fast_dev_run:
+            _write_card(config, config.task, scenario, folder, summary)
     if trainer.is_global_zero and not config.trainer.fast_dev_run:
         save_model(folder / "model.safetensors", module.model)  # for `ecos-client evaluate`
         write_json(folder / "summary.json", summary)
@@ -236,6 +247,8 @@ def _view(config: Config) -> TrainingView:
     from datamodules.proxy import TrainingView
 
     task = config.task
+    if isinstance(task, CompressionOptions):
+        return _compression_view(task)
     assert isinstance(task, SelfLabelingOptions)
     return TrainingView(
         image_size=task.image_size,
@@ -337,11 +350,15 @@ def _mailbox(config: Config) -> Mailbox | None:
     )
 
 
-def _module(config: Config, scenario: Scenario) -> L.LightningModule:
+def _module(
+    config: Config, scenario: Scenario, folder: Path, datamodule: Any
+) -> L.LightningModule:
     from ecos_pl.modules.self_labeling import SelfLabelingModule
     from ecos_pl.warm_start import new_classifier
 
     task = config.task
+    if isinstance(task, CompressionOptions):
+        return _compression_module(config, task, scenario, folder, datamodule)
     assert isinstance(task, SelfLabelingOptions)
     model = new_classifier(
         scenario.classes,
@@ -358,6 +375,176 @@ def _module(config: Config, scenario: Scenario) -> L.LightningModule:
         consistency_weight=task.consistency_weight,
         consistency_threshold=task.consistency_threshold,
     )
+
+
+# --- task=compression ----------------------------------------------------------------------------
+
+
+def _compression_view(task: CompressionOptions) -> TrainingView:
+    from datamodules.proxy import TrainingView
+
+    return TrainingView(
+        image_size=_compression_model(task, "teacher").image_size,
+        batch_size=task.batch_size,
+        augment=task.augment,  # type: ignore[arg-type]  # the config allows the same names
+        val_fraction=task.val_fraction,
+        num_workers=task.num_workers,
+    )
+
+
+def _compression_model(task: CompressionOptions, key: str) -> Classifier:
+    """The ``teacher``, or what training starts from: the ``weights``."""
+    from ecos_pl.model_file import load_model
+
+    try:
+        return load_model(_compression_file(task, key))
+    except ValueError as error:
+        raise ConfigError(f"task.{key}: {error}") from error
+
+
+def _compression_file(task: CompressionOptions, key: str) -> Path:
+    file = task.weights if key == "weights" and task.weights else task.teacher
+    return Path(file).expanduser()
+
+
+def _compression_module(
+    config: Config, task: CompressionOptions, scenario: Scenario, folder: Path, datamodule: Any
+) -> L.LightningModule:
+    from datamodules.plain_images import plain_batches
+    from ecos_pl.extras import require
+    from ecos_pl.modules.compression import CompressionModule
+
+    require("compress")
+    teacher, student = (_compression_model(task, key) for key in ("teacher", "weights"))
+    for key, model in (("teacher", teacher), ("weights", student)):
+        if list(model.classes) != list(scenario.classes):
+            raise ConfigError(
+                f"task.{key}: that model tells {_listed(model.classes)} apart, the client "
+                f"{_listed(scenario.classes)}"
+            )
+    if student.image_size != teacher.image_size:
+        raise ConfigError(
+            f"task.weights: that model sees {student.image_size} px, the teacher "
+            f"{teacher.image_size}"
+        )
+    plan = _pruning_plan(config, task, student, folder)
+    last = (task.num_prunings - 1) * task.epochs_between if plan.keep < 1 else -1
+    if not config.trainer.fast_dev_run and -1 < config.trainer.max_epochs <= last:
+        raise ConfigError(
+            f"trainer.max_epochs={config.trainer.max_epochs} ends before the last pruning: write "
+            f"trainer.max_epochs={last + task.epochs_between}, or a smaller task.num_prunings"
+        )
+    return CompressionModule(
+        student,
+        teacher,
+        keep=plan.keep,
+        num_prunings=task.num_prunings,
+        epochs_between=task.epochs_between,
+        measured_on=partial(
+            plain_batches, datamodule, task.num_importance_images, seed=config.seed
+        ),
+        temperature=task.temperature,
+        label_weight=task.label_weight,
+        learning_rate=task.learning_rate,
+        weight_decay=task.weight_decay,
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _compression_target(task: CompressionOptions) -> Target:
+    from ecos_pl.pruning_plan import Target
+
+    given = {name: value for name, value in asdict(task.target).items() if value is not None}
+    if len(given) > 1:
+        keys = " and ".join(f"task.target.{name}" for name in given)
+        raise ConfigError(f"{keys} are two targets: give one of them")
+    return Target(*next(iter(given.items()), ("sparsity", 0.75)))
+
+
+def _pruning_plan(
+    config: Config, task: CompressionOptions, student: Classifier, folder: Path
+) -> PruningPlan:
+    """How much is pruned: found once, then read, since a latency measured again is another one."""
+    from ecos_pl.progress import progress_bar
+    from ecos_pl.pruning_plan import PruningPlan, plan_pruning
+    from ecos_pl.storage import read_json, write_json
+
+    path, target = folder / "pruning_plan.json", _compression_target(task)
+    made_of = {
+        key: hashlib.sha256(_compression_file(task, key).read_bytes()).hexdigest()
+        for key in ("teacher", "weights")
+    }
+    if path.is_file():
+        known = read_json(path)
+        for key, digest in made_of.items():
+            if known[key] != digest:
+                raise ConfigError(
+                    f"{_compression_file(task, key)} is not the file that {folder} began with: "
+                    "choose another run_id, or remove that folder"
+                )
+        return PruningPlan(known["keep"], known["expected"])
+    with progress_bar("looking for the widths that meet the target", None, "models") as done:
+        plan = plan_pruning(student, target, done)
+    if not config.trainer.fast_dev_run:
+        write_json(path, {**made_of, "target": str(target), **asdict(plan)})
+    return plan
+
+
+def _compressed(config: Config, folder: Path, module: Any, datamodule: Any) -> dict[str, Any]:
+    """Write the compressed model's files; on a dry run, make and forget them."""
+    import tempfile
+
+    from datamodules.plain_images import calibration_images
+    from ecos_pl.compressed_files import write_files
+    from ecos_pl.model_size import parameter_count
+    from ecos_pl.quantization import METHODS
+
+    task, teacher = config.task, module.teacher
+    assert isinstance(task, CompressionOptions)
+    calibration, held_out = calibration_images(
+        datamodule, task.num_calibration_images, seed=config.seed
+    )
+    with contextlib.ExitStack() as stack:
+        if config.trainer.fast_dev_run:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        found = write_files(
+            folder,
+            module.model,
+            teacher,
+            calibration=calibration,
+            held_out=held_out,
+            methods=METHODS if task.calibration == "best" else [task.calibration],
+            tolerance=task.tolerance,
+            test_batches=datamodule.test_dataloader,
+        )
+    target = _compression_target(task)
+    before = parameter_count(_compression_model(task, "weights").net)
+    reached = {**found["student"], "sparsity": 1 - found["student"]["parameters"] / before}
+    asked = {"name": target.name, "value": target.value, "reached": reached[target.name]}
+    return {"target": asked, **found}
+
+
+def _write_card(
+    config: Config,
+    task: CompressionOptions,
+    scenario: Scenario,
+    folder: Path,
+    summary: dict[str, Any],
+) -> None:
+    from ecos_pl.model_card import card_text
+    from ecos_pl.storage import write_bytes
+
+    text = card_text(
+        summary,
+        teacher=task.teacher,
+        target=f"task.target.{_compression_target(task)}",
+        strategy=config.selection.strategy,
+        classes=scenario.classes,
+    )
+    write_bytes(folder / "CARD.md", text.encode())
 
 
 def _trainer(config: Config, folder: Path) -> tuple[L.Trainer, Any]:
@@ -592,7 +779,9 @@ def _checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
-def _delivered(config: Config, scenario: Scenario, folder: Path, timer: Any) -> L.LightningModule:
+def _delivered(
+    config: Config, scenario: Scenario, folder: Path, datamodule: Any, timer: Any
+) -> L.LightningModule:
     """A new module with the weights of the last checkpoint, averaged ones where there are any.
 
     Tested is what is delivered. Not the trained module itself, whose weights may be spread over
@@ -601,9 +790,10 @@ def _delivered(config: Config, scenario: Scenario, folder: Path, timer: Any) -> 
     """
     import torch
 
-    module = _module(config, scenario)
+    module = _module(config, scenario, folder, datamodule)
     if (last := _checkpoint(folder)) is not None:
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
+        module.on_load_checkpoint(checkpoint)  # what was pruned has other shapes
         module.load_state_dict(checkpoint["state_dict"])
         if not timer.fit_seconds:  # the fit was in processes that have ended, or in an earlier call
             timer.load_state_dict(checkpoint["callbacks"][timer.state_key])

@@ -40,6 +40,13 @@ class LocalDataModule(L.LightningDataModule):
         """The client's test images."""
         return self._loader(client_images(self.scenario, "test", self.view.image_size))
 
+    def plain_images(self, part: str) -> LabelledImages:
+        """Images to ``train`` on, without augmentation; none are ``held_out``."""
+        images = client_images(self.scenario, "train", self.view.image_size)
+        if part == "held_out":
+            images.indices = []
+        return images
+
     def _loader(self, images: LabelledImages, train: bool = False) -> Any:
         return image_loader(
             images,

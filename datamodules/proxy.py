@@ -199,6 +199,12 @@ class ProxySamplingDataModule(L.LightningDataModule):
             return []
         return self._loader(client_images(self.scenario, "test", self.view.image_size))
 
+    def plain_images(self, part: str) -> LabelledImages:
+        """Images to ``train`` on, or ``held_out``, without augmentation."""
+        result = self._result()
+        rows = self._split(result)[part == "held_out"]
+        return self._labelled(result, rows, "none")
+
     def _probe(self) -> ProbeResult:
         trainer = self.trainer
         device = trainer.strategy.root_device if trainer else torch.device("cpu")

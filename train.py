@@ -33,6 +33,7 @@ from ecos_pl.config import (
     ConfigError,
     FolderOptions,
     MailboxOptions,
+    MnistFashionOptions,
     PublicLabelsOptions,
     SelfLabelingOptions,
     WandbOptions,
@@ -56,12 +57,13 @@ from ecos_pl.stopping import (
 if TYPE_CHECKING:
     import lightning as L
 
+    from callbacks.label_rounds import LabelRounds
     from datamodules.local import LocalDataModule
     from datamodules.proxy import ProxySamplingDataModule, TrainingView
     from datamodules.scenario import Scenario
     from ecos_pl.classifier import Classifier
     from ecos_pl.images import PoolSource
-    from ecos_pl.labeling import Labeler
+    from ecos_pl.labeling import Labeler, RoundPlan
     from ecos_pl.mailbox import Mailbox
     from ecos_pl.pruning_plan import PruningPlan, Target
 
@@ -148,21 +150,28 @@ def train(config: Config) -> dict[str, Any]:
     scenario = _scenario(config)
     datamodule = _datamodule(config, scenario)
     module = _module(config, scenario, folder, datamodule)
-    trainer, timer = _trainer(config, folder)
-    if isinstance(config.task, CompressionOptions) and trainer.world_size > 1:
-        raise ConfigError("task=compression trains on one device: add trainer.devices=1")
+    rounds = _label_rounds(config, folder)
+    trainer, timer = _trainer(config, folder, [rounds] if rounds else [])
+    if isinstance(config.task, CompressionOptions):
+        if trainer.world_size > 1:
+            raise ConfigError("task=compression trains on one device: add trainer.devices=1")
+        if rounds:
+            raise ConfigError("labels.rounds: task=compression prunes the backbone; leave them out")
     metrics = []
     with _children_end_too(trainer):
         _probe_here_if_workers_cannot_tell(trainer, datamodule)
         trainer.fit(module, datamodule, ckpt_path=_checkpoint(folder), weights_only=True)
         if not config.trainer.fast_dev_run:
             module = _delivered(config, scenario, folder, datamodule, timer)
+            if rounds:
+                rounds.catch_up(datamodule)
         if scenario.client_test is not None:
             metrics = trainer.test(module, datamodule, verbose=False)
     summary = summarise(
         run_id=folder.name,
         seed=config.seed,
         probe=datamodule.probe_result,
+        rounds=datamodule.rounds,
         simulation={
             **datamodule.simulation,
             "test_accuracy": metrics[0].get("simulation/test_accuracy") if metrics else None,
@@ -195,6 +204,10 @@ def train(config: Config) -> dict[str, Any]:
 def _scenario(config: Config) -> Scenario:
     if isinstance(config.data, FolderOptions):
         return _folder_scenario(config, config.data)
+    if isinstance(config.data, MnistFashionOptions):
+        from datamodules.mnist_fashion import mnist_fashion
+
+        return mnist_fashion(Path(config.data.root), num_client=config.data.num_client)
     from datamodules.mixed_digits import mixed_digits
 
     return mixed_digits()
@@ -273,6 +286,7 @@ def _labeler(config: Config, scenario: Scenario) -> Labeler:
             num_views=config.labels.num_views,
             noise_multiplier=config.labels.noise_multiplier,
             features=config.labels.features,
+            rounds=_rounds(config),
         )
     if isinstance(config.labels, ClientTableOptions):
         return TableLabeler(
@@ -297,6 +311,34 @@ def _labeler(config: Config, scenario: Scenario) -> Labeler:
     return PublicLabeler(scenario.classes)
 
 
+def _rounds(config: Config) -> RoundPlan | None:
+    """Further rounds of labels; the fingerprint of the training makes them that training's own."""
+    from ecos_pl.labeling import RoundPlan
+    from ecos_pl.storage import fingerprint_of
+
+    options, task = config.labels, config.task
+    assert isinstance(options, ClientPrototypesOptions)
+    if not options.rounds:
+        return None
+    if not isinstance(task, SelfLabelingOptions) or config.train_on == "client":
+        raise ConfigError("labels.rounds goes with task=self_labeling on the proxy set")
+    if task.backbone != config.encoder.name:
+        raise ConfigError(
+            f"labels.rounds: the client trusts the architecture of encoder.name="
+            f"{config.encoder.name} alone, so task.backbone must be it, not {task.backbone}"
+        )
+    if 0 <= config.trainer.max_epochs <= options.rounds[-1]:
+        raise ConfigError(
+            f"labels.rounds={options.rounds} is not over before the training is "
+            f"(trainer.max_epochs={config.trainer.max_epochs})"
+        )
+    values = to_dict(config)
+    training = fingerprint_of([values[key] for key in ("task", "trainer", "seed")])
+    return RoundPlan(
+        tuple(options.rounds), options.round_num_dims, options.round_features, training
+    )
+
+
 def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule | LocalDataModule:
     from datamodules.local import LocalDataModule
     from datamodules.proxy import ProxySamplingDataModule
@@ -312,6 +354,7 @@ def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule |
         num_iters=config.probe.num_iters,
         num_restarts=config.probe.num_restarts,
         strategy=config.selection.strategy,
+        oracle_domain=_oracle_domain(config, scenario),
         size=config.selection.size,
         duplicate_distance=config.selection.duplicate_distance,
         seed=config.seed,
@@ -333,6 +376,17 @@ def _datamodule(config: Config, scenario: Scenario) -> ProxySamplingDataModule |
     )
 
 
+def _oracle_domain(config: Config, scenario: Scenario) -> str | None:
+    if config.selection.strategy != "oracle":
+        return None
+    if scenario.client_domain is None:
+        raise ConfigError(
+            "selection.strategy=oracle needs the name of the client's domain in the pool: "
+            "data.client_domain=NAME"
+        )
+    return scenario.client_domain
+
+
 def _mailbox(config: Config) -> Mailbox | None:
     options = config.client
     if not isinstance(options, MailboxOptions):
@@ -350,9 +404,7 @@ def _mailbox(config: Config) -> Mailbox | None:
     )
 
 
-def _module(
-    config: Config, scenario: Scenario, folder: Path, datamodule: Any
-) -> L.LightningModule:
+def _module(config: Config, scenario: Scenario, folder: Path, datamodule: Any) -> L.LightningModule:
     from ecos_pl.modules.self_labeling import SelfLabelingModule
     from ecos_pl.warm_start import new_classifier
 
@@ -494,16 +546,29 @@ def _pruning_plan(
 
 
 def _compressed(config: Config, folder: Path, module: Any, datamodule: Any) -> dict[str, Any]:
-    """Write the compressed model's files; on a dry run, make and forget them."""
+    """Write the compressed model's files, unless they are there; on a dry run, forget them."""
     import tempfile
 
     from datamodules.plain_images import calibration_images
-    from ecos_pl.compressed_files import write_files
+    from ecos_pl.compressed_files import FILES, write_files
     from ecos_pl.model_size import parameter_count
     from ecos_pl.quantization import METHODS
+    from ecos_pl.storage import fingerprint_of, read_json, write_json
 
-    task, teacher = config.task, module.teacher
+    task, teacher, path = config.task, module.teacher, folder / "compression.json"
     assert isinstance(task, CompressionOptions)
+    if module.num_pruned < module.num_prunings:
+        raise ConfigError(
+            f"training ended after {module.num_pruned} of {module.num_prunings} prunings, short of "
+            "task.target; its checkpoint stays: allow more steps, or fewer task.num_prunings"
+        )
+    how = [task.calibration, task.num_calibration_images, task.tolerance]
+    made_of = fingerprint_of([how, _weights_hash(module.model), _weights_hash(teacher)])
+    if path.is_file() and all((folder / name).is_file() for name in FILES):
+        known = read_json(path)
+        if known["made_of"] == made_of:
+            done: dict[str, Any] = known["found"]
+            return done
     calibration, held_out = calibration_images(
         datamodule, task.num_calibration_images, seed=config.seed
     )
@@ -524,7 +589,18 @@ def _compressed(config: Config, folder: Path, module: Any, datamodule: Any) -> d
     before = parameter_count(_compression_model(task, "weights").net)
     reached = {**found["student"], "sparsity": 1 - found["student"]["parameters"] / before}
     asked = {"name": target.name, "value": target.value, "reached": reached[target.name]}
-    return {"target": asked, **found}
+    found = {"target": asked, **found}
+    if not config.trainer.fast_dev_run:
+        write_json(path, {"made_of": made_of, "found": found})
+    return found
+
+
+def _weights_hash(model: Classifier) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.net.state_dict().items():
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write_card(
@@ -547,7 +623,18 @@ def _write_card(
     write_bytes(folder / "CARD.md", text.encode())
 
 
-def _trainer(config: Config, folder: Path) -> tuple[L.Trainer, Any]:
+def _label_rounds(config: Config, folder: Path) -> LabelRounds | None:
+    from callbacks.label_rounds import LabelRounds
+
+    options = config.labels
+    if not isinstance(options, ClientPrototypesOptions) or not options.rounds:
+        return None
+    return LabelRounds(options.rounds, folder / "rounds")
+
+
+def _trainer(
+    config: Config, folder: Path, more: Sequence[L.Callback] = ()
+) -> tuple[L.Trainer, Any]:
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -570,6 +657,7 @@ def _trainer(config: Config, folder: Path) -> tuple[L.Trainer, Any]:
         CoverageFigure(),
         ChosenImages(),
         TrainingCurves(),
+        *more,
     ]
     if not config.trainer.fast_dev_run:
         checkpoints = folder / "checkpoints"

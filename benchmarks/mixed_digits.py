@@ -7,13 +7,10 @@ python benchmarks/mixed_digits.py --lines ecos random --seeds 1
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parents[1]
+from tables import looked_up, mean_and_std, print_table, run_summary
+
 LINES = {
     "ecos": ("ECOS, labels from the client", "mixed_digits"),
     "random": ("random set, labels from the client", "random"),
@@ -21,13 +18,13 @@ LINES = {
     "local": ("the client alone, on its own images", "local"),
     "public_labels": ("ECOS set, true labels", "public_labels"),
 }
-COLUMNS = (
-    ("images", "proxy", "size", "{:,.0f}"),
-    ("ε", "privacy", "epsilon", "{:.2f}"),
-    ("purity", "simulation", "purity", "{:.3f}"),
-    ("label accuracy", "simulation", "label_accuracy", "{:.3f}"),
-    ("test accuracy", "simulation", "test_accuracy", "{:.3f}"),
-    ("seconds", "seconds", "total", "{:.0f}"),
+COLUMNS = (  # title, place in summary.json, form, whether it varies over seeds
+    ("images", "proxy.size", "{:,.0f}", False),
+    ("ε", "privacy.epsilon", "{:.2f}", False),
+    ("purity", "simulation.purity", "{:.3f}", True),
+    ("label accuracy", "simulation.label_accuracy", "{:.3f}", True),
+    ("test accuracy", "simulation.test_accuracy", "{:.3f}", True),
+    ("seconds", "seconds.total", "{:.0f}", False),
 )
 
 
@@ -38,34 +35,21 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--run-root", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args()
-    rows = []
-    for line in options.lines:
-        title, experiment = LINES[line]
-        found = [_summary(experiment, seed, options.run_root) for seed in options.seeds]
-        rows.append([title, *(_cell(found, *column[1:]) for column in COLUMNS)])
-    header = ["", *(column[0] for column in COLUMNS)]
-    for cells in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(cells) + " |")
+    rows = (_row(line, options.seeds, options.run_root) for line in options.lines)
+    print_table(["", *(column[0] for column in COLUMNS)], rows)
 
 
-def _summary(experiment: str, seed: int, run_root: Path) -> dict:
-    run_id = f"{experiment}-{seed}"
-    path = run_root / run_id / "summary.json"
-    if not path.is_file():
-        command = [sys.executable, str(HERE / "train.py"), f"experiment={experiment}"]
-        command += [f"seed={seed}", f"run_id={run_id}", f"run_root={run_root}"]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    return json.loads(path.read_text())
-
-
-def _cell(found: list[dict], group: str, key: str, form: str) -> str:
-    values = [summary[group][key] for summary in found if summary[group][key] is not None]
-    if not values:
-        return "–"
-    mean = form.format(statistics.mean(values))
-    if len(values) == 1 or key in ("size", "epsilon", "total"):
-        return mean
-    return f"{mean} ± {form.format(statistics.stdev(values))}"
+def _row(line: str, seeds: list[int], run_root: Path) -> list[str]:
+    title, experiment = LINES[line]
+    found = [
+        run_summary(f"{experiment}-{n}", [f"experiment={experiment}", f"seed={n}"], run_root)
+        for n in seeds
+    ]
+    cells = (
+        mean_and_std([looked_up(summary, place) for summary in found], form, spread=varies)
+        for _, place, form, varies in COLUMNS
+    )
+    return [title, *cells]
 
 
 if __name__ == "__main__":

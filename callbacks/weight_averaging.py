@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
@@ -38,3 +39,13 @@ def _update(
         torch._foreach_lerp_(list(averaged), list(current), share)
     else:  # batch norm's counters
         torch._foreach_copy_(list(averaged), list(current))
+
+
+def averaged(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
+    """The module with averaged weights where this callback keeps one, else the module itself."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WarmupWeightAveraging) and callback._average_model is not None:
+            found = callback._average_model.module
+            assert isinstance(found, LightningModule)
+            return found
+    return pl_module

@@ -29,6 +29,7 @@ class LocalDataModule(L.LightningDataModule):
         self.scenario, self.view, self.seed = scenario, view, seed
         self.probe_result: ProbeResult | None = None
         self.simulation: dict[str, float | None] = {}
+        self.rounds: list[dict[str, Any]] = []
 
     def train_dataloader(self) -> Any:
         """Labelled batches of the client's training images."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from ecos_pl.client import Client
 from ecos_pl.client_policy import ClientPolicy
 from ecos_pl.evaluation import class_numbers, domain_purity, domain_share, label_accuracy
 from ecos_pl.images import ImageSource, UnreadableImage, to_tensor
+from ecos_pl.label_rounds import LabelRound
 from ecos_pl.labeling import Labeler
 from ecos_pl.mailbox import InProcessMailbox, Mailbox
 from ecos_pl.privacy import MIN_NOISE_STD
 from ecos_pl.probe import Probe, ProbePlan
 from ecos_pl.probe_result import ProbeResult
+from ecos_pl.proxy_set import ProxySet
 from ecos_pl.ranks import Ranks
 
 MIN_SIMULATED_MULTIPLIER = 0.05
@@ -58,6 +61,15 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Images of a source as ``(uint8 [3, S, S], target [K], weight [])``.
 
     An image that cannot be read any more is grey and has weight 0.
+
+    Args:
+        source: Where the images are.
+        indices: [n], places of the images there.
+        targets: [n, K]; may change while loaders are at work, if in shared memory.
+        weights: [n], likewise.
+        image_size: Side S in pixels.
+        augment: See ``views.make_view``.
+        rows: Which of the n images are served; None for all.
     """
 
     def __init__(
@@ -68,22 +80,44 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
         weights: Tensor,
         image_size: int,
         augment: Augment = "none",
+        rows: Sequence[int] | None = None,
     ) -> None:
         self.source, self.indices = source, indices
         self.targets, self.weights, self.image_size = targets, weights, image_size
+        self.rows = range(len(indices)) if rows is None else rows
         self.view = make_view(augment, image_size)
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.rows)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        target, weight = self.targets[position], self.weights[position]
+        row = self.rows[position]
+        # Copies: a batch that is being loaded must not change with the labels.
+        target, weight = self.targets[row].clone(), self.weights[row].clone()
         try:
-            image = to_tensor(self.source.read(self.indices[position]), self.image_size)
+            image = to_tensor(self.source.read(self.indices[row]), self.image_size)
         except UnreadableImage:
             grey = torch.full((3, self.image_size, self.image_size), 127, dtype=torch.uint8)
             return grey, target, torch.zeros_like(weight)
         return self.view(image), target, weight
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Targets [n, K] and weights [n] in memory that loaders' processes share."""
+
+    targets: Tensor
+    weights: Tensor
+
+    @classmethod
+    def shared(cls, proxy_set: ProxySet) -> _Labels:
+        return cls(
+            proxy_set.targets.clone().share_memory_(), proxy_set.weights.clone().share_memory_()
+        )
+
+    def replace(self, proxy_set: ProxySet) -> None:
+        self.targets.copy_(proxy_set.targets)
+        self.weights.copy_(proxy_set.weights)
 
 
 class UnlabelledViews(Dataset[tuple[Tensor, Tensor]]):
@@ -131,6 +165,8 @@ class ProxySamplingDataModule(L.LightningDataModule):
         probe_seconds: How long finding it, or reading it from disk, took.
         simulation: ``purity``, ``random_purity``, ``label_accuracy``: from ground truth that only
             a benchmark has; None where it is unknown.
+        rounds: What further rounds of labels came to: ``epoch``, ``changed`` (share of images
+            with another label), ``label_accuracy`` (simulation), ``bytes_down``.
     """
 
     def __init__(
@@ -158,6 +194,8 @@ class ProxySamplingDataModule(L.LightningDataModule):
         self.probe_result: ProbeResult | None = None
         self.probe_seconds = 0.0
         self.simulation: dict[str, float | None] = {}
+        self.rounds: list[dict[str, Any]] = []
+        self._labels: _Labels | None = None
 
     def prepare_data(self) -> None:
         """Open the pool: listing or indexing a large one takes long, and is for one rank to do."""
@@ -167,10 +205,33 @@ class ProxySamplingDataModule(L.LightningDataModule):
         """Run the probe, or read its result."""
         if self.probe_result is None:
             start = time.perf_counter()
-            with isolate_rng():  # whether results were on disk must not change the training
-                self.probe_result = self._probe()
+            # Isolated: whether results were on disk must not change the training.
+            with isolate_rng(), Ranks.of_processes() as ranks:
+                self.probe_result = self._probe.run(ranks)
             self.probe_seconds = time.perf_counter() - start
             self.simulation = self._evaluate(self.probe_result)
+            self._labels = _Labels.shared(self.probe_result.proxy_set)
+
+    def ask_again(self, number: int, backbone: Path, image_size: int, ranks: Ranks) -> LabelRound:
+        """One further round of labels (``Probe.ask_again``); all ranks call this."""
+        return self._probe.ask_again(
+            self._result(), number, backbone, image_size=image_size, ranks=ranks
+        )
+
+    def relabel(self, found: LabelRound, epoch: int) -> None:
+        """Train on the labels of a further round from the next batch that is loaded on."""
+        self.probe_result = result = self._result().with_round(found)
+        assert self._labels is not None
+        self._labels.replace(result.proxy_set)  # loaders' processes see it, too
+        self.simulation = self._evaluate(result)
+        self.rounds.append(
+            {
+                "epoch": epoch,
+                "changed": found.changed,
+                "label_accuracy": self.simulation["label_accuracy"],
+                "bytes_down": found.traffic["bytes_down"],
+            }
+        )
 
     def train_dataloader(self) -> Any:
         """Labelled batches; with unlabelled ones beside them if the view asks for it."""
@@ -205,10 +266,11 @@ class ProxySamplingDataModule(L.LightningDataModule):
         rows = self._split(result)[part == "held_out"]
         return self._labelled(result, rows, "none")
 
-    def _probe(self) -> ProbeResult:
+    @cached_property
+    def _probe(self) -> Probe:
         trainer = self.trainer
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
-        probe = Probe(
+        return Probe(
             self.scenario.pool,
             self.plan,
             self.labeler,
@@ -220,8 +282,6 @@ class ProxySamplingDataModule(L.LightningDataModule):
             batch_size=self.embed_batch_size,
             num_workers=default_workers(self.embed_workers, trainer.num_devices if trainer else 1),
         )
-        with Ranks.of_processes() as ranks:
-            return probe.run(ranks)
 
     def _given_by_part(self) -> Mapping[str, Path]:
         given, parts = self.given_embeddings, self.scenario.pool.parts
@@ -249,7 +309,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         if self.mailbox is not None:
             return self.mailbox
 
-        def make() -> Any:
+        def make() -> Client:
             policy = ClientPolicy(
                 max_epsilon=self.plan.max_epsilon,
                 delta=self.plan.delta,
@@ -259,7 +319,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
                 encoder=self.plan.encoder,
             )
             folder = self.run_root / "clients" / fingerprint[:16]
-            return Client.simulated(folder, self._private(), policy).answer
+            return Client.simulated(folder, self._private(), policy)
 
         return InProcessMailbox(make, client_id=self._client_id())
 
@@ -281,14 +341,15 @@ class ProxySamplingDataModule(L.LightningDataModule):
         return shuffled[num_held_out:].sort().values, shuffled[:num_held_out].sort().values
 
     def _labelled(self, result: ProbeResult, rows: Tensor, augment: Augment) -> LabelledImages:
-        proxy_set = result.proxy_set
+        assert self._labels is not None
         return LabelledImages(
             self.scenario.pool,
-            result.indices[rows].tolist(),
-            proxy_set.targets[rows],
-            proxy_set.weights[rows],
+            result.indices.tolist(),
+            self._labels.targets,
+            self._labels.weights,
             self.view.image_size,
             augment,
+            rows.tolist(),
         )
 
     def _loader(

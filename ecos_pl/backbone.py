@@ -117,6 +117,16 @@ def weights_hash(name: str, weights: str) -> str:
     return digest.hexdigest()
 
 
+def backbone_names(name: str) -> list[str]:
+    """Names of an architecture's tensors, those of a head left out, in timm's order.
+
+    Raises:
+        WeightsError: The name is unknown.
+    """
+    size = _config(name).input_size[-1]
+    return list(create_backbone(name, "random", image_size=size).state_dict())
+
+
 def pixel_statistics(name: str) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel ([3], [3]) that the backbone was trained with."""
     config = _config(name)

@@ -146,7 +146,7 @@ def embed_chosen(
     encoder: EncoderSpec,
     *,
     pool_encoder: EncoderSpec,
-    pool_bank: Rows,
+    pool_bank: Rows | None,
     embedder: ImageEmbedder,
     seed: int,
     ranks: Ranks = ALONE,
@@ -158,17 +158,16 @@ def embed_chosen(
         indices: [n] int64, places of the chosen ones.
         encoder: With the labeler's features.
         pool_encoder: By which ``pool_bank`` was made.
-        pool_bank: [N, D], the pool's embeddings.
+        pool_bank: [N, D], the pool's embeddings; None where they are not at hand.
         embedder: Does it.
         seed: Of random views.
         ranks: Who shares the work.
     """
-    bank, rows = pool_bank, indices
-    if encoder != pool_encoder:
-        chosen = SomeImages(pool, indices)
-        bank = embedder.bank(chosen, encoder, title="embedding the proxy set", ranks=ranks)
-        rows = np.arange(len(indices))
-    return ChosenEmbeddings(pool, indices, encoder, bank, rows, embedder, seed)
+    if pool_bank is not None and encoder == pool_encoder:
+        return ChosenEmbeddings(pool, indices, encoder, pool_bank, indices, embedder, seed)
+    chosen = SomeImages(pool, indices)
+    bank = embedder.bank(chosen, encoder, title="embedding the proxy set", ranks=ranks)
+    return ChosenEmbeddings(pool, indices, encoder, bank, np.arange(len(indices)), embedder, seed)
 
 
 def _float32(bank: Rows, rows: npt.NDArray[np.int64] | slice) -> npt.NDArray[np.float32]:

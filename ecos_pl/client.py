@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ecos_pl.accounting import epsilon_of
+from ecos_pl.adapted_encoders import AdaptedEncoders
 from ecos_pl.client_answers import (
     PlannedAnswer,
     coverage_answer,
@@ -59,11 +60,13 @@ class Request:
         query_id: Its name.
         sha256: Hash of its bytes.
         plan: What is asked, what it costs, and how the answer is drawn.
+        encoder: What the images are embedded with.
     """
 
     query_id: str
     sha256: str
     plan: PlannedAnswer
+    encoder: EncoderSpec
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Client:
     ) -> None:
         self.images, self.policy, self.ledger, self._labelled = images, policy, ledger, labelled
         self._encoders = {spec.fingerprint(): spec for spec in self._trusted()}
+        self._adapted = AdaptedEncoders(images.folder / "adapted")
         if policy.fingerprint is not None and policy.fingerprint not in self._encoders:
             raise ValueError(
                 "the encoder installed here is not the one that the policy pins: its fingerprint "
@@ -127,6 +131,7 @@ class Client:
         Raises:
             MessageError: The query is damaged, or asks for more than the policy allows.
             UnknownEncoderError: Its encoder must be trusted first (`trust`).
+            MissingModelError: Its encoder's backbone must be had first (`adopt`).
         """
         query = read_query(content)
         query_id = query_id_of(content)
@@ -150,7 +155,7 @@ class Client:
                 plan = vote_answer(query, query_id, images)
         except ValueError as error:  # a number out of range: the releases check their arguments
             raise MessageError(str(error)) from error
-        return Request(query_id, hashlib.sha256(content).hexdigest(), plan)
+        return Request(query_id, hashlib.sha256(content).hexdigest(), plan, encoder)
 
     def answer(self, content: bytes, requester: str = "") -> bytes:
         """Check a query, charge it, and return the answer; asked again, the same bytes.
@@ -190,6 +195,15 @@ class Client:
         self._encoders[spec.fingerprint()] = spec
         known = [asdict(spec) for spec in self._encoders.values()]
         write_json(self.images.folder / "encoders.json", known)
+
+    def adopt(self, content: bytes) -> None:
+        """Take the file of a backbone that the cloud trained further; kept in the client's folder.
+
+        Raises:
+            MessageError: The policy or a check is against it; nothing was kept.
+        """
+        self._check_adapted()
+        self._adapted.adopt(content, self._architectures())
 
     def embed(self) -> None:
         """Embed the images beforehand: no answer's time shall tell how many they are."""
@@ -253,7 +267,20 @@ class Client:
 
     # --- the encoder ----------------------------------------------------------------------------
 
+    def _check_adapted(self) -> None:
+        if not self.policy.adapted_encoders:
+            raise MessageError(
+                "this client's policy allows no encoder that the cloud has trained further "
+                "(adapted_encoders: false)"
+            )
+
+    def _architectures(self) -> set[str]:
+        return {spec.name for spec in self._encoders.values()}
+
     def _encoder_for(self, query: Encoding) -> EncoderSpec:
+        if "model" in query.encoder:
+            self._check_adapted()
+            return self._adapted.spec_for(query, self._architectures())
         if query.encoder_fingerprint in self._encoders:
             if query.encoder["features"] not in FEATURES:
                 raise MessageError(f"there are no encoder features {query.encoder['features']!r}")

@@ -57,6 +57,7 @@ def _init(options: argparse.Namespace) -> int:
         max_clusters=options.max_clusters,
         max_per_person=options.max_per_person,
         confirm=options.confirm,
+        adapted_encoders=not options.no_adapted_encoders,
     )
     encoder = None
     if options.encoder != "ask":
@@ -115,6 +116,7 @@ def _serve(options: argparse.Namespace) -> int:
         person,
         once=options.once,
         poll_s=options.poll_seconds,
+        adapted_s=options.adapted_seconds,
         signed=key is not None,
         stop=stop,
     )
@@ -200,6 +202,11 @@ def _parser() -> argparse.ArgumentParser:
         help="the public timm encoder to trust, or ask (default: %(default)s)",
     )
     init.add_argument("--weights", default="auto", help="its weights (default: %(default)s)")
+    init.add_argument(
+        "--no-adapted-encoders",
+        action="store_true",
+        help="refuse queries for an encoder that the cloud has trained further",
+    )
     init.add_argument("--image-size", type=int, default=48, help="in pixels (default: %(default)s)")
 
     run = commands.add_parser("serve", help="answer queries as they come")
@@ -215,6 +222,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--key-file", type=Path, help="key shared with the cloud's side")
     run.add_argument("--sender", default="client", help="what to call this side")
     run.add_argument("--poll-seconds", type=_positive, default=2.0, help="between two looks")
+    run.add_argument(
+        "--adapted-seconds",
+        type=_positive,
+        default=30.0,
+        help="queries for an encoder that the cloud has trained further are answered at multiples "
+        "of this time: choose it longer than embedding all images takes, so that the time tells "
+        "nothing of how many they are (default: 30)",
+    )
     run.add_argument("--device", default="cpu", help="where images are embedded: cpu, cuda, mps")
     run.add_argument("--batch-size", type=int, default=256, help="images embedded at once")
     run.add_argument("--num-workers", type=int, default=0, help="processes that read images")

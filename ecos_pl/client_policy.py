@@ -35,6 +35,8 @@ class ClientPolicy:
         max_per_person: Most images of one person that are used; ε then holds per person. None
             protects each image on its own.
         confirm: Ask the person at the terminal before every answer.
+        adapted_encoders: Answer queries for a trusted encoder whose backbone the cloud has trained
+            further.
         encoder: The public encoder that the client trusts; None asks about each new one.
         fingerprint: What that encoder's fingerprint must be; None takes it as it is installed.
     """
@@ -48,6 +50,7 @@ class ClientPolicy:
     max_clusters: int = 10_000
     max_per_person: int | None = None
     confirm: bool = False
+    adapted_encoders: bool = True
     encoder: EncoderSpec | None = None
     fingerprint: str | None = None
 
@@ -83,6 +86,7 @@ def write_policy(path: Path, policy: ClientPolicy) -> None:
         max_clusters=_text(policy.max_clusters),
         max_per_person=_text(policy.max_per_person),
         confirm=_text(policy.confirm),
+        adapted_encoders=_text(policy.adapted_encoders),
         encoder=_text(encoder.name) if encoder else ASK,
         weights=_text(encoder.weights if encoder else "auto"),
         image_size=_text(encoder.image_size if encoder else None),
@@ -147,6 +151,7 @@ _TYPES = {
     "max_clusters": "a whole number",
     "max_per_person": "a whole number or null",
     "confirm": "true or false",
+    "adapted_encoders": "true or false",
 }
 _ENCODER_TYPES = {
     "encoder": "a text",
@@ -218,4 +223,7 @@ encoder: {encoder}
 weights: {weights}  # auto, pretrained, random, or a file
 image_size: {image_size}  # in pixels
 fingerprint: {fingerprint}
+# A cloud that trains in rounds asks again with the same architecture, its weights trained further.
+# Each such query is charged like any other, and no weights can make it reveal more than that.
+adapted_encoders: {adapted_encoders}  # false: refuse them
 """

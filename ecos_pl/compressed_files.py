@@ -148,7 +148,7 @@ def _check(file: str, scores: Tensor, wanted: Tensor) -> None:
 
 @torch.inference_mode()
 def _in_batches(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return torch.cat([model(part) for part in images.split(_BATCH_SIZE)]).clone()
+    return torch.cat([model(part) for part in torch.split(images, _BATCH_SIZE)]).clone()
 
 
 def _agreement(scores: Tensor, wanted: Tensor) -> float:

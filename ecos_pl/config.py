@@ -26,8 +26,8 @@ from ecos_pl.overrides import (
     Resolver,
     Setting,
     check,
-    inner,
     nearest,
+    nested,
     option,
     parse_command_line,
     part,
@@ -44,6 +44,7 @@ __all__ = [
     "EncoderOptions",
     "FolderOptions",
     "MixedDigitsOptions",
+    "MnistFashionOptions",
     "NoLoggerOptions",
     "PrivacyOptions",
     "ProbeOptions",
@@ -85,6 +86,17 @@ class MixedDigitsOptions(Part):
     """Shipped benchmark: handwritten digits hidden in a pool of other images."""
 
     name: str = "mixed_digits"
+
+
+@dataclass
+class MnistFashionOptions(Part):
+    """All of MNIST and Fashion-MNIST as the pool, a client with other MNIST digits."""
+
+    name: str = "mnist_fashion"
+    root: str = option("data", "folder that holds torchvision's MNIST and FashionMNIST")
+    num_client: int = option(
+        1000, "the client's images, out of MNIST's test part; the rest measures", minimum=1
+    )
 
 
 @dataclass
@@ -208,8 +220,9 @@ class SelectionOptions:
 
     strategy: str = option(
         "ecos",
-        "ecos: where the client's images lie; random: uniformly; all: the whole pool",
-        choices=("ecos", "random", "all"),
+        "ecos: where the client's images lie; random: uniformly; all: the whole pool; oracle: at "
+        "random from the client's own domain, which only a simulation knows",
+        choices=("ecos", "random", "all", "oracle"),
     )
     size: int = option(1500, "images in the proxy set; ignored by all", minimum=1)
     duplicate_distance: float = option(
@@ -221,6 +234,10 @@ class SelectionOptions:
     )
 
 
+_ASCENDING = (
+    lambda value: list(value) == sorted(set(value)) and all(epoch > 0 for epoch in value),
+    "a list of epochs above 0, ascending",
+)
 _NUM_DIMS = "dimensions of the space in which the client is asked"
 _NUM_VIEWS = (
     "random views per image that show which directions tell nothing of the class; 0: plain "
@@ -246,6 +263,16 @@ class ClientPrototypesOptions(Part):
         "privacy.max_epsilon",
         above=0,
     )
+    rounds: list[int] = option(
+        [],
+        "epochs before which the client is asked once more, in the space of the backbone as "
+        "trained so far, as in [3]; all releases are equally noisy and fit in privacy.max_epsilon",
+        rule=_ASCENDING,
+    )
+    round_features: str = option(
+        "final", "features of the trained backbone in those rounds", choices=("grid", "final")
+    )
+    round_num_dims: int = option(16, "dimensions of the space in those rounds", minimum=1)
 
 
 @dataclass
@@ -340,18 +367,14 @@ class SelfLabelingOptions(Part):
 class TargetOptions:
     """How small or fast a compressed model must be: at most one of them; none: sparsity=0.75."""
 
-    size_mb: float | None = option(
-        None, "size of model.int8.onnx at most, in 10⁶ bytes", above=0
-    )
+    size_mb: float | None = option(None, "size of model.int8.onnx at most, in 10⁶ bytes", above=0)
     latency_ms: float | None = option(
         None,
         "time of one image in model.int8.onnx at most, in milliseconds: measured on this machine, "
         "one CPU thread",
         above=0,
     )
-    macs: float | None = option(
-        None, "multiply-adds of one image at most, as in 2e7", above=0
-    )
+    macs: float | None = option(None, "multiply-adds of one image at most, as in 2e7", above=0)
     sparsity: float | None = option(
         None, "share of the parameters to remove; 0: quantise only", minimum=0, below=1
     )
@@ -370,7 +393,7 @@ class CompressionOptions(Part):
         "another model.safetensors of the teacher's classes to start from, as of one adapted to "
         "the client; null: the teacher's",
     )
-    target: TargetOptions = inner(TargetOptions)
+    target: TargetOptions = nested(TargetOptions)
     num_prunings: int = option(3, "steps in which channels are removed", minimum=1)
     epochs_between: int = option(
         2, "epochs from one pruning to the next; the first comes at the start", minimum=1
@@ -505,7 +528,7 @@ class Config:
         "simulations",
         choices=("proxy_set", "client"),
     )
-    data: Part = part(MixedDigitsOptions, FolderOptions)
+    data: Part = part(MixedDigitsOptions, MnistFashionOptions, FolderOptions)
     client: Part = part(SimulatedClientOptions, MailboxOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     probe: ProbeOptions = field(default_factory=ProbeOptions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class FeaturesError(ValueError):
 class EncoderSpec:
     """What names an encoder: timm architecture, weight source, input side in pixels, features.
 
+    ``adapted`` says that the cloud has trained the backbone further: ``weights`` is then a file of
+    `backbone_file`, and queries name it by its SHA-256.
+
     Raises:
         FeaturesError: There are no features of that name.
     """
@@ -44,6 +48,7 @@ class EncoderSpec:
     weights: str = "auto"
     image_size: int = 48
     features: str = "final"
+    adapted: bool = False
 
     def __post_init__(self) -> None:
         if self.features not in FEATURES:
@@ -146,9 +151,15 @@ def _grid_index(backbone: nn.Module) -> int:
 
 def public_name(spec: EncoderSpec) -> dict[str, str | int]:
     """What a query tells of the encoder beside its fingerprint; no path of this machine."""
-    return {"name": spec.name, "image_size": spec.image_size, "features": spec.features}
+    told: dict[str, str | int] = {
+        "name": spec.name,
+        "image_size": spec.image_size,
+        "features": spec.features,
+    }
+    return {**told, "model": weights_hash(spec.name, spec.weights)} if spec.adapted else told
 
 
 def describe(spec: EncoderSpec) -> str:
-    """One line for logs and messages, ``tf_efficientnet_lite0 (auto) at 48 px`` say."""
-    return f"{spec.name} ({spec.weights}) at {spec.image_size} px"
+    """One line for logs and messages, ``tf_efficientnet_lite0 (auto) at 48 px`` say; no path."""
+    weights = "trained further" if spec.adapted else Path(spec.weights).name
+    return f"{spec.name} ({weights}) at {spec.image_size} px"

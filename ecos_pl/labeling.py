@@ -53,7 +53,8 @@ class LabelingTask:
         encoder: The public encoder, with the labeler's features.
         encoder_fingerprint: Its fingerprint.
         ask: Sends a query to the client and returns its answer.
-        planned: The releases that this labeler planned.
+        planned: The releases that this labeler planned, in the order of the rounds.
+        number: Which round of labels this is: 0 for the first.
         seed: Of whatever the labeler draws.
         attempt: Goes into every query.
     """
@@ -68,6 +69,25 @@ class LabelingTask:
     planned: Sequence[Release]
     seed: int
     attempt: int
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Further rounds of labels, fixed before the first question.
+
+    Attributes:
+        epochs: Before which epochs of the training the client is asked again.
+        num_dims: Dimensions of the adapted space in which it is asked.
+        features: Of the adapted backbone (`encoder.FEATURES`).
+        training: Fingerprint of the training that adapts the backbone: another one asks about
+            another space, and is another probe.
+    """
+
+    epochs: tuple[int, ...]
+    num_dims: int = 16
+    features: str = "final"
+    training: str = ""
 
 
 class Labeler(Protocol):
@@ -76,10 +96,12 @@ class Labeler(Protocol):
     Attributes:
         name: As in ``labels=NAME``.
         features: The encoder's features that it works in (`encoder.FEATURES`).
+        rounds: Further rounds in the space of an adapted backbone; None for none.
     """
 
     name: str
     features: str
+    rounds: RoundPlan | None
 
     def facts(self) -> dict[str, Any]:
         """What determines the labels, beyond the images: part of the probe's fingerprint."""
@@ -108,6 +130,7 @@ class PublicLabeler:
 
     name = "public"
     features = "final"
+    rounds = None
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = list(classes)

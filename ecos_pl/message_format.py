@@ -83,14 +83,27 @@ def describe_message(content: bytes) -> list[str]:
     header, tensors = _parse(content, None)
     lines = [f"{header.pop('kind')} (version {header.pop('version')})"]
     for name, value in header.items():
-        text = json.dumps(value, ensure_ascii=False)
-        text = "".join(c if c.isprintable() else "?" for c in text)  # it goes to a terminal
-        lines.append(f"  {name:20} {text if len(text) <= 200 else text[:199] + '…'}")
+        parts = [f"{key}: {_shown(part)}" for key, part in value.items()] if _is_dict(value) else []
+        for number, text in enumerate(parts or [_shown(value)]):
+            lines.append(f"  {'' if number else name:20} {_printable(text)}")
     for name, tensor in tensors.items():
         shape = " × ".join(map(str, tensor.shape))
         span = f", {tensor.min():g} to {tensor.max():g}" if tensor.numel() else ""
         lines.append(f"  {name:20} {shape} {str(tensor.dtype)[6:]}{span}")
     return lines
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _printable(text: str) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in text)  # it goes to a terminal
+    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _parse(content: bytes, kind: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from ecos_pl.envelope import MessageError
 from ecos_pl.printable_url import printable_url, without_secrets
 from ecos_pl.storage import write_bytes
 
-Folder = Literal["queries", "answers", "refusals"]
+Folder = Literal["queries", "answers", "refusals", "models"]
 
 # Stores where a put either happens as a whole or not at all.
 _WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"}
@@ -47,7 +47,9 @@ class MailboxError(ValueError):
 
 
 class MessageStore:
-    """The three folders of a mailbox: ``<url>/{queries,answers,refusals}/<query id>.ecos``.
+    """The folders of a mailbox: ``<url>/{queries,answers,refusals,models}/<id>.ecos``.
+
+    An id is that of a query, or of a model: the first half of the SHA-256 of its bytes.
 
     Args:
         url: A path, or any URL that fsspec understands, chained ones too.
@@ -191,7 +193,7 @@ class MessageStore:
 
 def _file(folder: Folder, query_id: str) -> str:
     if not re.fullmatch("[0-9a-f]{32}", query_id):
-        raise MessageError("a query's id must be 32 hexadecimal digits")
+        raise MessageError("an id must be 32 hexadecimal digits")
     return f"{folder}/{query_id}.ecos"
 
 

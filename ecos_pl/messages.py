@@ -9,6 +9,7 @@ Shapes: D encoder dimensions, d projected dimensions, R centroids, K classes, Q 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ __all__ = [
     "TableQuery",
     "VoteAnswer",
     "VoteQuery",
+    "is_sha256",
     "kind_of",
     "query_id_of",
     "read_query",
@@ -41,11 +43,18 @@ __all__ = [
 MAX_CLASSES = 10_000
 
 
+def is_sha256(value: object) -> bool:
+    """Whether it is a text of 64 lower-case hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How the client must embed its images before it answers: the public encoder, then a map.
 
-    The client computes ``(encoder(image) - mean) @ components.T``.
+    The client computes ``(encoder(image) - mean) @ components.T``. ``encoder`` holds ``name``,
+    ``image_size`` and ``features``; for a backbone that the cloud has trained further and sent
+    beforehand also ``model``, the SHA-256 (64 hex digits) of its file.
     """
 
     encoder: dict[str, Any]
@@ -59,8 +68,11 @@ class Encoding:
         named = all(isinstance(t, str) and 0 < len(t) <= 200 and t.isprintable() for t in texts)
         size = self.encoder.get("image_size")
         sized = type(size) is int and 1 <= size <= 4096
-        if set(self.encoder) != {"name", "image_size", "features"} or not named or not sized:
+        fields = set(self.encoder) - {"model"}
+        if fields != {"name", "image_size", "features"} or not named or not sized:
             raise MessageError("the encoder must be given by name, image_size and features alone")
+        if "model" in self.encoder and not is_sha256(self.encoder["model"]):
+            raise MessageError("the encoder's model must be 64 hexadecimal digits")
         if len(self.encoder_fingerprint) != 64:
             raise MessageError("the encoder's fingerprint must be 64 hexadecimal digits")
         if self.mean.ndim != 1 or self.components.ndim != 2 or len(self.components) < 1:

@@ -33,8 +33,8 @@ model = load_model(Path("model.safetensors"))
 scores = model(images)
 ```
 
-Pixels are normalised inside. Column k of the scores belongs to class k of: {classes}. Each file also
-says so itself, as JSON under the key `ecos_pl` of its metadata.
+Pixels are normalised inside. Column k of the scores belongs to class k of: {classes}. Each file
+also says so itself, as JSON under the key `ecos_pl` of its metadata.
 """
 
 
@@ -106,8 +106,6 @@ def card_text(
         ]
     lines += [
         "",
-        _RUN.format(
-            size=after["image_size"], num_classes=len(classes), classes=", ".join(classes)
-        ),
+        _RUN.format(size=after["image_size"], num_classes=len(classes), classes=", ".join(classes)),
     ]
     return "\n".join(lines)

@@ -31,7 +31,9 @@ def open_session(path: Path) -> Any:
 
 def scores_of(session: Any, images: Tensor, batch_size: int = 64) -> Tensor:
     """Class scores [N, K] of images [N, 3, S, S] uint8."""
-    parts = [session.run(None, {INPUT: part.numpy()})[0] for part in images.split(batch_size)]
+    parts = [
+        session.run(None, {INPUT: part.numpy()})[0] for part in torch.split(images, batch_size)
+    ]
     return torch.from_numpy(np.concatenate(parts))
 
 

@@ -74,9 +74,9 @@ def part(*parts: type[Part]) -> Any:
     return dataclasses.field(default_factory=parts[0], metadata={"parts": by_name})
 
 
-def inner(cls: type) -> Any:
+def nested(cls: type) -> Any:
     """Declare options that belong together within a part, as in `task.target.macs`."""
-    return dataclasses.field(default_factory=cls, metadata={"inner": cls})
+    return dataclasses.field(default_factory=cls, metadata={"nested": cls})
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -246,8 +246,8 @@ def fields_of(cls: type, prefix: str = "") -> dict[str, "dataclasses.Field[Any]"
     for f in dataclasses.fields(cls):
         if "help" in f.metadata:
             found[f"{prefix}{f.name}"] = f
-        elif "inner" in f.metadata:
-            found |= fields_of(f.metadata["inner"], f"{prefix}{f.name}.")
+        elif "nested" in f.metadata:
+            found |= fields_of(f.metadata["nested"], f"{prefix}{f.name}.")
     return found
 
 
@@ -257,8 +257,8 @@ def types_of(cls: type, prefix: str = "") -> dict[str, Any]:
     for f in dataclasses.fields(cls):
         if "help" in f.metadata:
             found[f"{prefix}{f.name}"] = hints[f.name]
-        elif "inner" in f.metadata:
-            found |= types_of(f.metadata["inner"], f"{prefix}{f.name}.")
+        elif "nested" in f.metadata:
+            found |= types_of(f.metadata["nested"], f"{prefix}{f.name}.")
     return found
 
 
@@ -384,7 +384,15 @@ def convert(setting: Setting, hint: Any) -> Any:
     text, kinds = setting.value, typing.get_args(hint) or (hint,)
     label = f"{setting.where}{setting.key}"
     if typing.get_origin(hint) is list:
-        return _read_list(text, label, setting.quoted)
+        items = _read_list(text, label, setting.quoted)
+        if int not in kinds:
+            return items
+        try:
+            return [int(item) for item in items]
+        except ValueError:
+            raise ConfigError(
+                f"{label} must be {type_in_words(hint)}, not {_short(text)}"
+            ) from None
     if isinstance(text, list):
         raise ConfigError(f"{label} takes one value, not a list")
     if text == "":
@@ -420,7 +428,7 @@ def _read_list(value: str | list[str], label: str, quoted: bool) -> list[str]:
 def type_in_words(hint: Any) -> str:
     """Return the type of an option as the user reads it, such as "a whole number or none"."""
     if typing.get_origin(hint) is list:
-        return "a list"
+        return "a list of whole numbers" if typing.get_args(hint) == (int,) else "a list"
     kinds = typing.get_args(hint) or (hint,)
     if float in kinds:
         kinds = tuple(kind for kind in kinds if kind is not int)

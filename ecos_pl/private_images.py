@@ -57,6 +57,7 @@ class PrivateImages:
         self.folder, self.source, self.units = folder, source, units
         self._device, self._batch_size, self._num_workers = device, batch_size, num_workers
         self._embedded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._of_adapted: set[str] = set()
 
     def features(self, query: Encoding, encoder: EncoderSpec) -> Features:
         """All readable images in the query's space.
@@ -87,9 +88,9 @@ class PrivateImages:
         """
         key = encoder.key
         if key not in self._embedded:
-            prefix = f"embeddings-{key}-"
-            folder = self.folder / f"{prefix}{self.source.fingerprint[:16]}"
-            for old in self.folder.glob(f"{prefix}*"):
+            prefix, place = f"embeddings-{key}-", self._place_of(encoder)
+            folder = place / f"{prefix}{self.source.fingerprint[:16]}"
+            for old in place.glob(f"{prefix}*"):
                 if old != folder:  # of the images as they were before some came or went
                     shutil.rmtree(old, ignore_errors=True)
             network = Encoder(encoder).to(self._device)
@@ -108,3 +109,17 @@ class PrivateImages:
             readable = torch.nonzero(~rows.isnan().any(dim=1)).flatten()
             self._embedded[key] = rows[readable], readable
         return self._embedded[key]
+
+    def _place_of(self, encoder: EncoderSpec) -> Path:
+        """The folder for an encoder's embeddings; beside its file if the cloud has trained it.
+
+        There may be many of those over time: in memory only the last one's embeddings stay.
+        """
+        if not encoder.adapted:
+            return self.folder
+        fingerprint = encoder.fingerprint()[:16]
+        for other in self._of_adapted:
+            if not other.startswith(fingerprint):
+                self._embedded.pop(other, None)
+        self._of_adapted = {*(k for k in self._of_adapted if k in self._embedded), encoder.key}
+        return Path(encoder.weights).with_suffix("")

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,20 +23,22 @@ from ecos_pl.accounting import PrivacyStatement, calibrate_noise_multiplier, eps
 from ecos_pl.answer_checks import check_answer, check_integers, check_noise
 from ecos_pl.chosen_embeddings import ChosenEmbeddings, ImageEmbedder, embed_chosen
 from ecos_pl.compressed_pool import CompressedPool, compress_pool
+from ecos_pl.conversation import Conversation
 from ecos_pl.coverage import coverage_release
 from ecos_pl.encoder import EncoderSpec, describe, public_name
 from ecos_pl.images import PoolSource
+from ecos_pl.label_rounds import LabelRound, share_changed
 from ecos_pl.labeling import Labeler, LabelingTask, Labels
 from ecos_pl.mailbox import Mailbox
-from ecos_pl.messages import CoverageAnswer, CoverageQuery, MessageError, query_id_of
+from ecos_pl.messages import CoverageAnswer, CoverageQuery
 from ecos_pl.near_duplicates import DUPLICATE_DISTANCE
 from ecos_pl.pool_embeddings import PoolEmbeddings, embed_pool, given_facts
 from ecos_pl.privacy import Release
-from ecos_pl.probe_result import ProbeResult
+from ecos_pl.probe_result import ProbeResult, unit_of
 from ecos_pl.proxy_set import ProxySet, pool_names, pools_of
 from ecos_pl.ranks import ALONE, Ranks
 from ecos_pl.selection import Selection, default_num_clusters, select
-from ecos_pl.storage import committed_folder, fingerprint_of, read_json, write_bytes, write_json
+from ecos_pl.storage import committed_folder, fingerprint_of
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class ProbePlan:
         num_iters: k-means iterations at most.
         num_restarts: k-means starts, of which the best counts.
         strategy: See ``selection.select``.
+        oracle_domain: The client's domain in the pool, for the strategy ``oracle``.
         size: Images in the proxy set.
         duplicate_distance: Chosen images whose embeddings lie closer are near-duplicates.
         seed: Of everything the cloud draws.
@@ -70,6 +74,7 @@ class ProbePlan:
     num_iters: int = 25
     num_restarts: int = 1
     strategy: str = "ecos"
+    oracle_domain: str | None = None
     size: int = 1500
     duplicate_distance: float = DUPLICATE_DISTANCE
     seed: int = 1
@@ -127,9 +132,7 @@ class Probe:
         }
         self.fingerprint = fingerprint_of(facts)
         self._folder = cache_dir / "probes" / self.fingerprint[:16]
-        self._mailbox_for = mailbox_for
-        self._mailbox: Mailbox | None = None
-        self._communication = {"bytes_down": 0, "bytes_up": 0, "round_trips": 0}
+        self._conversation = Conversation(cache_dir, self.fingerprint, mailbox_for)
         self._seconds: dict[str, float] = {}
 
     def is_done(self) -> bool:
@@ -182,6 +185,65 @@ class Probe:
                     labels = self._label(chosen, planned)
                 self._commit(bank, compressed, counts, selection, labels)
         return ProbeResult.load(self._folder, self.fingerprint, from_disk=False)
+
+    def ask_again(
+        self,
+        result: ProbeResult,
+        number: int,
+        backbone: Path,
+        *,
+        image_size: int,
+        ranks: Ranks = ALONE,
+    ) -> LabelRound:
+        """One further round of labels, in the space of an adapted backbone.
+
+        Args:
+            result: What the probe found, with the labels so far.
+            number: Of the round, from 1; its release was planned before the first question.
+            backbone: The adapted backbone's file (`backbone_file`), the same on all ranks.
+            image_size: Side in pixels of the images that it was adapted on.
+            ranks: Who shares the embedding; all of them call this.
+
+        Raises:
+            MessageError: The client refuses, or its answer does not fit the question.
+            RankError: Another rank failed.
+        """
+        rounds = self.labeler.rounds
+        assert rounds is not None, "rounds are planned before the first question"
+        adapted = replace(
+            self.plan.encoder,
+            weights=str(backbone),
+            image_size=image_size,
+            features=rounds.features,
+            adapted=True,
+        )
+        chosen = embed_chosen(
+            self.pool,
+            result.indices.numpy(),
+            adapted,
+            pool_encoder=self.plan.encoder,
+            pool_bank=None,
+            embedder=self._embedder,
+            seed=self.plan.seed,
+            ranks=ranks,
+        )
+        found: LabelRound | None = None
+        with ranks.first() as is_first:
+            if is_first:
+                before = dict(self._conversation.traffic)
+                self._conversation.send_model(backbone.read_bytes())
+                labels = self._label(chosen, self._planned_for_labels(), number)
+                traffic = self._conversation.traffic
+                found = LabelRound(
+                    number,
+                    labels.targets,
+                    labels.weights,
+                    labels.releases,
+                    labels.max_per_unit,
+                    {name: traffic[name] - before[name] for name in traffic},
+                    share_changed(result.proxy_set.targets, labels.targets),
+                )
+        return ranks.broadcast(found)
 
     # --- the steps -----------------------------------------------------------------------------
 
@@ -265,7 +327,7 @@ class Probe:
             attempt=plan.attempt,
         )
         content = query.to_bytes()
-        answer = CoverageAnswer.from_bytes(self._ask(content))
+        answer = CoverageAnswer.from_bytes(self._conversation.ask(content))
         check_answer(answer, content, sample_rate=plan.sample_rate)
         check_integers("counts", answer.noisy_counts, (len(compressed.centroids),))
         check_noise(answer.noise_std, plan.noise_std * answer.max_per_unit)
@@ -286,11 +348,12 @@ class Probe:
             generator=torch.Generator().manual_seed(self.plan.seed),
             full_embeddings=bank,
             duplicate_distance=self.plan.duplicate_distance,
+            among=self._in_oracle_domain(),
             device=self._cluster_device,
         )
         size, wanted = len(chosen.indices), self.plan.size
         if self.plan.strategy != "all" and size < wanted:
-            log.warning("the pool holds %d readable images, not the %d asked for", size, wanted)
+            log.warning("only %d images could be chosen, not the %d asked for", size, wanted)
         if chosen.num_duplicates:
             log.warning(
                 "%d near-duplicates were left out (closer than selection.duplicate_distance=%g)",
@@ -306,7 +369,16 @@ class Probe:
             )
         return chosen
 
-    def _label(self, chosen: ChosenEmbeddings, planned: Sequence[Release]) -> Labels:
+    def _in_oracle_domain(self) -> npt.NDArray[np.int64] | None:
+        if self.plan.strategy != "oracle":
+            return None
+        domains = enumerate(self.pool.domains)
+        found = [row for row, domain in domains if domain == self.plan.oracle_domain]
+        return np.array(found, np.int64)
+
+    def _label(
+        self, chosen: ChosenEmbeddings, planned: Sequence[Release], number: int = 0
+    ) -> Labels:
         return self.labeler.label(
             LabelingTask(
                 pool=self.pool,
@@ -314,30 +386,14 @@ class Probe:
                 embeddings=chosen.chunks,
                 views=chosen.views,
                 encoder=chosen.encoder,
-                encoder_fingerprint=self._encoder_fingerprint,
-                ask=self._ask,
+                encoder_fingerprint=chosen.encoder.fingerprint(),
+                ask=self._conversation.ask,
                 planned=planned,
                 seed=self.plan.seed,
                 attempt=self.plan.attempt,
+                number=number,
             )
         )
-
-    def _ask(self, content: bytes) -> bytes:
-        """Ask the client once; the answer is kept, and read from disk when asked again."""
-        name = f"{self.fingerprint[:16]}-{query_id_of(content)}.answer"
-        kept = self.cache_dir / "answers" / name
-        sizes = kept.with_suffix(".json")
-        if not (kept.is_file() and sizes.is_file()):
-            mailbox = self._mailbox = self._mailbox or self._mailbox_for(self.fingerprint)
-            before = mailbox.bytes_sent, mailbox.bytes_received
-            answer = mailbox.ask(content)
-            down, up = mailbox.bytes_sent - before[0], mailbox.bytes_received - before[1]
-            write_bytes(kept, answer)
-            write_json(sizes, {"bytes_down": down, "bytes_up": up})
-        for name, size in read_json(sizes).items():
-            self._communication[name] += size
-        self._communication["round_trips"] += 1
-        return kept.read_bytes()
 
     def _commit(
         self,
@@ -350,11 +406,10 @@ class Probe:
         plan = self.plan
         indices = selection.indices.numpy()
         releases = [*([counts.release] if counts else []), *labels.releases]
-        statement = asdict(
-            PrivacyStatement(
-                epsilon_of(releases, plan.delta), plan.delta, unit=_unit_of(counts, labels)
-            )
-        )
+        declared = [counts.max_per_unit] if counts else []
+        declared += [labels.max_per_unit] if labels.releases else []
+        epsilon = epsilon_of(releases, plan.delta)
+        statement = asdict(PrivacyStatement(epsilon, plan.delta, unit=unit_of(declared)))
         proxy_set = ProxySet(
             ids=[self.pool.ids[index] for index in indices],
             clusters=torch.from_numpy(compressed.assignments[indices].astype(np.int64)),
@@ -382,7 +437,9 @@ class Probe:
             cluster_sizes=compressed.cluster_sizes(),
             selection=selection,
             privacy=statement,
-            communication=self._communication,
+            spent_now=epsilon,
+            communication=dict(self._conversation.traffic),
+            releases=releases,
             seconds=self._seconds,
             num_unreadable=len(bank.unreadable()),
             fingerprint=self.fingerprint,
@@ -405,16 +462,6 @@ class _Counts:
     noise_std: float
     release: Release
     max_per_unit: int
-
-
-def _unit_of(counts: _Counts | None, labels: Labels) -> str:
-    """Who counts as one in the client's answers, in the words of the privacy statement."""
-    declared = {counts.max_per_unit} if counts else set()
-    declared |= {labels.max_per_unit} if labels.releases else set()
-    if len(declared) > 1:
-        raise MessageError("the client's answers protect different units (max_per_unit differs)")
-    per_unit = max(declared, default=1)
-    return "sample" if per_unit == 1 else f"person (of at most {per_unit} samples)"
 
 
 def _rest_of_kept_clusters(compressed: CompressedPool, selection: Selection) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ecos_pl.accounting import PrivacyStatement
+from ecos_pl.accounting import PrivacyStatement, epsilon_of
+from ecos_pl.label_rounds import LabelRound
+from ecos_pl.messages import MessageError
+from ecos_pl.privacy import Release
 from ecos_pl.proxy_set import ProxySet
 from ecos_pl.selection import Selection
 from ecos_pl.storage import read_json, write_json
@@ -25,7 +29,9 @@ class ProbeResult:
         noisy_counts: [R] int64, the client's answer; None where it was not asked.
         cluster_sizes: [R] int64, pool images per cluster.
         selection: Which rows of the pool were chosen, quotas, kept clusters and threshold.
-        privacy: ``epsilon, delta, relation, unit, accountant`` of all releases of this probe.
+        releases: What the client released for it.
+        privacy: ``epsilon, delta, relation, unit, accountant`` of all of them together.
+        spent_now: What of this ε was spent by this process rather than found on disk.
         communication: ``bytes_down, bytes_up, round_trips``.
         seconds: Of each step, when it was done.
         num_unreadable: Pool images left out since they cannot be read.
@@ -38,7 +44,9 @@ class ProbeResult:
     noisy_counts: Tensor | None
     cluster_sizes: Tensor
     selection: Selection
+    releases: Sequence[Release]
     privacy: dict[str, Any]
+    spent_now: float
     communication: dict[str, int]
     seconds: dict[str, float]
     num_unreadable: int
@@ -55,6 +63,31 @@ class ProbeResult:
         """The privacy loss as a sentence."""
         return PrivacyStatement(**self.privacy)
 
+    def with_round(self, found: LabelRound) -> ProbeResult:
+        """The same selection with the labels of a further round, and what it cost.
+
+        Raises:
+            MessageError: The client protected another unit in this round than before.
+        """
+        if self.releases:
+            same = unit_text(found.max_per_unit) == self.statement.unit
+            if not same:
+                raise MessageError(_DIFFERENT_UNITS)
+        releases = [*self.releases, *found.releases]
+        delta = self.privacy["delta"]
+        epsilon = epsilon_of(releases, delta)
+        added = 0.0 if found.from_disk else epsilon - self.privacy["epsilon"]
+        return replace(
+            self,
+            proxy_set=replace(self.proxy_set, targets=found.targets, weights=found.weights),
+            releases=releases,
+            privacy=asdict(PrivacyStatement(epsilon, delta, unit=unit_text(found.max_per_unit))),
+            spent_now=self.spent_now + added,
+            communication={
+                name: size + found.traffic[name] for name, size in self.communication.items()
+            },
+        )
+
     def save(self, folder: Path) -> None:
         """Write everything into a folder: the proxy set, ``probe.st`` and ``probe.json``."""
         self.proxy_set.save(folder)
@@ -70,6 +103,7 @@ class ProbeResult:
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "probe.st")
         about = {
             "privacy": self.privacy,
+            "releases": [asdict(release) for release in self.releases],
             "communication": self.communication,
             "seconds": self.seconds,
             "threshold": self.selection.threshold,
@@ -104,13 +138,40 @@ class ProbeResult:
                 about["num_filled_up"],
                 about["num_duplicates"],
             ),
+            releases=[Release(**release) for release in about["releases"]],
             privacy=about["privacy"],
+            spent_now=0.0 if from_disk else about["privacy"]["epsilon"],
             communication=about["communication"],
             seconds=about["seconds"],
             num_unreadable=about["num_unreadable"],
             fingerprint=fingerprint,
             from_disk=from_disk,
         )
+
+
+_DIFFERENT_UNITS = "the client's answers protect different units (max_per_unit differs)"
+
+
+def unit_of(declared: Sequence[int]) -> str:
+    """Who counts as one, from what the answers declare (`messages.Answer.max_per_unit`).
+
+    Raises:
+        MessageError: They differ.
+    """
+    if len(set(declared)) > 1:
+        raise MessageError(_DIFFERENT_UNITS)
+    return unit_text(max(declared, default=1))
+
+
+def unit_text(max_per_unit: int) -> str:
+    """In the words of the privacy statement.
+
+    >>> unit_text(1), unit_text(3)
+    ('sample', 'person (of at most 3 samples)')
+    """
+    if max_per_unit == 1:
+        return "sample"
+    return f"person (of at most {max_per_unit} samples)"
 
 
 def _compact(places: Tensor) -> Tensor:

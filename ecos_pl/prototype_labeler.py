@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ecos_pl.accounting import calibrate_noise_multiplier, epsilon_of
 from ecos_pl.answer_checks import check_answer, check_integers, check_noise
 from ecos_pl.class_posteriors import class_posteriors
 from ecos_pl.label_space import find_label_space
-from ecos_pl.labeling import LabelingTask, Labels
+from ecos_pl.labeling import LabelingTask, Labels, RoundPlan
 from ecos_pl.messages import MessageError, PrototypeAnswer, PrototypeQuery
 from ecos_pl.privacy import Release
 from ecos_pl.prototypes import GRID, NoisyPrototypes, prototype_release
@@ -37,6 +38,7 @@ class PrototypeLabeler:
         count_weight: Length of a count beside a feature vector of length 1 in the joint release.
             Small: a class' count (some 100 images) bears more noise than its feature sum.
         features: The encoder's features it works in (`encoder.FEATURES`).
+        rounds: Further releases, as noisy as the first, in the space of an adapted backbone.
     """
 
     name = "client_prototypes"
@@ -50,9 +52,10 @@ class PrototypeLabeler:
         noise_multiplier: float | None = None,
         count_weight: float = 0.3,
         features: str = "grid",
+        rounds: RoundPlan | None = None,
     ) -> None:
         self.classes, self.num_dims, self.num_views = list(classes), num_dims, num_views
-        self.features = features
+        self.features, self.rounds = features, rounds
         self.noise_multiplier, self.count_weight = noise_multiplier, count_weight
 
     def facts(self) -> dict[str, Any]:
@@ -65,25 +68,27 @@ class PrototypeLabeler:
             "count_weight": self.count_weight,
             "features": self.features,
             "inference": 2,  # raise when class_posteriors changes
+            **({"rounds": asdict(self.rounds)} if self.rounds else {}),
         }
 
     def plan(
         self, spent: Sequence[Release], *, max_epsilon: float, delta: float, sample_rate: float
     ) -> list[Release]:
-        """One release; its noise is calibrated to what the others leave of ``max_epsilon``."""
-        multiplier = self.noise_multiplier
+        """One release for each round, equally noisy; calibrated to what the others leave of ε."""
+        multiplier, num_releases = self.noise_multiplier, 1
+        num_releases += len(self.rounds.epochs) if self.rounds else 0
         if multiplier is None:
             multiplier = calibrate_noise_multiplier(
-                max_epsilon, delta, sample_rate=sample_rate, spent=spent
+                max_epsilon, delta, sample_rate=sample_rate, spent=spent, repeats=num_releases
             )
-        release = prototype_release(self.count_weight, multiplier, sample_rate)
-        total = epsilon_of([*spent, release], delta)
+        releases = [prototype_release(self.count_weight, multiplier, sample_rate)] * num_releases
+        total = epsilon_of([*spent, *releases], delta)
         if total > max_epsilon:
             raise ValueError(
                 f"labels.noise_multiplier={multiplier:g} brings the run to ε = {total:.3f}, over "
                 f"privacy.max_epsilon={max_epsilon:g}; leave it out to have it calibrated"
             )
-        return [release]
+        return releases
 
     def label(self, task: LabelingTask) -> Labels:
         """See `Labeler`.
@@ -91,8 +96,9 @@ class PrototypeLabeler:
         Raises:
             MessageError: The client's answer does not fit the question or the plan.
         """
-        (plan,) = task.planned
-        space = find_label_space(task, num_dims=self.num_dims, num_views=self.num_views)
+        plan = task.planned[task.number]
+        num_dims = self.rounds.num_dims if task.number and self.rounds else self.num_dims
+        space = find_label_space(task, num_dims=num_dims, num_views=self.num_views)
         features = space.features
         query = PrototypeQuery(
             **space.encoding(task),

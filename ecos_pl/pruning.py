@@ -55,7 +55,7 @@ def prune(model: Classifier, widths: Mapping[str, int], gradients: Mapping[str, 
 
     The importance of a channel is the first-order Taylor estimate of what the loss changes when it
     goes (Molchanov et al., CVPR 2019), summed over all layers that share it. The head's outputs
-    stay.
+    and attention's heads stay.
 
     Args:
         model: To prune.
@@ -153,12 +153,15 @@ def _channel_sets(model: Classifier) -> dict[str, _ChannelSet]:
     try:
         with torch.enable_grad():
             graph = tp.DependencyGraph().build_dependency(net, example)
-        kept = [net.get_classifier(), *(m for m in net.modules() if hasattr(m, "qkv"))]
-        ignored = [inner for module in kept for inner in module.modules()]
+        head: nn.Module = net.get_classifier()  # type: ignore[operator]  # every timm model has it
+        attention = [module for module in net.modules() if hasattr(module, "qkv")]
+        ignored = [inner for module in (head, *attention) for inner in module.modules()]
         found = list(graph.get_all_groups(ignored_layers=ignored))
     except Exception as error:  # of many kinds: it follows whatever a network does
         reason = " ".join(str(error).split())[:120]
-        raise PruningError(f"the channels of {model.backbone} cannot be pruned: {reason}") from error
+        raise PruningError(
+            f"the channels of {model.backbone} cannot be pruned: {reason}"
+        ) from error
     finally:
         net.train(training)
     sets = {}

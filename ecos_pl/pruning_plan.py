@@ -6,6 +6,7 @@ trained, on copies: a target that cannot be reached is known at once.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ecos_pl.channels import fit_shapes
 from ecos_pl.classifier import Classifier
 from ecos_pl.export import exported, write_onnx
 from ecos_pl.model_size import macs, parameter_count
@@ -66,7 +68,8 @@ def plan_pruning(
         done: Told after each candidate.
 
     Raises:
-        PruningError: The target is out of reach; the text says what is within.
+        PruningError: The target is out of reach, and the text says what is within; or the network
+            does not work with fewer channels.
     """
     sign = -1 if target.name == "sparsity" else 1
 
@@ -81,6 +84,7 @@ def plan_pruning(
     found = cost(NUM_SHARES)
     if meets(found):
         return PruningPlan(1.0, found)
+    _check_rebuilt(model)
     fewest = cost(1)
     if not meets(fewest):
         unit = _UNITS[target.name]
@@ -97,6 +101,26 @@ def plan_pruning(
         else:
             high = middle
     return PruningPlan(low / NUM_SHARES, reached)
+
+
+def _check_rebuilt(model: Classifier) -> None:
+    """Refuse a network that does not run pruned, or would not come back from its file."""
+    size = model.image_size
+    images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    try:
+        smaller, again = pruned_copy(model, 0.5), copy.deepcopy(model).eval()
+        state = smaller.net.state_dict()
+        fit_shapes(again.net, state)
+        again.net.load_state_dict(state)
+        with torch.no_grad():
+            same = torch.allclose(smaller(images), again(images), rtol=1e-3, atol=1e-3)
+    except (RuntimeError, IndexError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise PruningError(
+            f"{model.backbone} does not run with fewer channels: {reason}"
+        ) from error
+    if not same:
+        raise PruningError(f"{model.backbone} is another network with fewer channels")
 
 
 def _measure(model: Classifier, name: str, keep: float) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ecos_pl.classifier import Classifier
@@ -58,9 +59,7 @@ class Quantised:
     deviation: float
 
 
-def quantise(
-    source: Path, target: Path, model: Classifier, images: Tensor, recipe: Recipe
-) -> None:
+def quantise(source: Path, target: Path, model: Classifier, images: Tensor, recipe: Recipe) -> None:
     """Write the int8 version of a float ONNX file.
 
     Args:
@@ -147,7 +146,7 @@ def _reader(images: Tensor) -> Any:
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             size = min(_BATCH_SIZE, len(images))  # equally long ones only, say the histograms
-            self.parts = iter(images[: len(images) // size * size].split(size))
+            self.parts = iter(torch.split(images[: len(images) // size * size], size))
 
         def get_next(self) -> dict[str, Any] | None:
             part = next(self.parts, None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 
+from ecos_pl import envelope
 from ecos_pl.envelope import MessageError, seal, unseal
 from ecos_pl.mailbox import DeadlineError, MailboxError, RefusedError, Traffic
 from ecos_pl.message_store import Folder, MessageStore
@@ -82,6 +83,20 @@ class RemoteMailbox(Traffic):
         sealed_answer, answer = self._wait(query_id)
         self.count(query_id, len(sealed), len(sealed_answer))
         return answer
+
+    def send_model(self, content: bytes) -> str:
+        """Leave a model's file in the mailbox, unless it lies there whole.
+
+        Raises:
+            MessageError: It is too large for any message.
+            MailboxError: It cannot be written.
+        """
+        model_id = query_id_of(content)
+        _check_size(content)
+        sealed = seal(content, sender=self._sender, key=self._key)
+        _publish(self._store, "models", model_id, sealed, self._key)
+        self.count(model_id, len(sealed), 0)
+        return model_id
 
     def _wait(self, query_id: str) -> tuple[bytes, bytes]:
         """Look with growing pauses until an answer or a refusal lies there."""
@@ -200,6 +215,20 @@ class ClientMailbox:
             raise MessageError("the query lies under a name that is not its own")
         return payload, sender
 
+    def read_model(self, model_id: str) -> bytes:
+        """A model's bytes.
+
+        Raises:
+            MessageError: As `read_query`.
+        """
+        content = self._store.read("models", model_id)
+        if content is None:
+            raise MessageError("the model that the query uses is not in the mailbox")
+        payload, _ = unseal(content, key=self._key)
+        if query_id_of(payload) != model_id:
+            raise MessageError("the model lies under a name that is not its own")
+        return payload
+
     def publish_answer(self, query_id: str, payload: bytes) -> None:
         """Leave an answer in the mailbox, unless it lies there."""
         self._publish("answers", query_id, payload)
@@ -225,6 +254,15 @@ def _publish(
     except MessageError:
         pass  # a damaged one is replaced
     store.write(folder, query_id, sealed)
+
+
+def _check_size(model: bytes) -> None:
+    most = envelope.MAX_BYTES - envelope.MAX_LINE
+    if len(model) > most:
+        raise MessageError(
+            f"a model of {len(model) / 1e6:,.1f} MB is too large for a mailbox, which takes "
+            f"{most / 1e6:,.1f} MB at most: send a smaller network"
+        )
 
 
 def _check_echo(folder: Folder, query_id: str, payload: bytes) -> None:

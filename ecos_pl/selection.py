@@ -19,7 +19,7 @@ from ecos_pl.diverse_picks import diverse_picks
 from ecos_pl.near_duplicates import DUPLICATE_DISTANCE, DistinctRows
 from ecos_pl.row_blocks import Rows
 
-STRATEGIES = ("ecos", "random", "all")
+STRATEGIES = ("ecos", "random", "all", "oracle")
 
 CORE_SHARE = 0.75
 """Share of the client's images that the core of its density holds; the rest is spread thinly."""
@@ -120,6 +120,7 @@ def select(
     generator: torch.Generator,
     full_embeddings: Rows | None = None,
     duplicate_distance: float = DUPLICATE_DISTANCE,
+    among: Indices | None = None,
     device: torch.device | str = "cpu",
 ) -> Selection:
     """Choose the proxy set.
@@ -129,7 +130,8 @@ def select(
     gets a quota in proportion to the density of its core rows (``water_fill``), filled by diverse
     ones of them. A core with fewer rows than asked for is taken whole, and the next densest rows
     fill up: the size is always reached.
-    ``random`` and ``all`` are the baselines; they need no counts.
+    ``random`` and ``all`` are the baselines; they need no counts. ``oracle`` is random among rows
+    that somebody knows to be of the client's domain: an upper line for simulations.
 
     Of near-duplicates among the chosen rows the one chosen first stays (for ``all``: the first of
     the pool), and the next rows take the others' places: larger quotas, then the next densest
@@ -145,14 +147,16 @@ def select(
         size: Rows wanted; all distinct rows if the pool holds fewer.
         strategy: One of ``STRATEGIES``.
         noise_std: Of the counts, in images.
-        generator: For ``random``.
+        generator: For ``random`` and ``oracle``.
         full_embeddings: [N, D] unit rows of which ``embeddings`` are an orthogonal projection:
             near-duplicates are told by them. None: by ``embeddings``.
         duplicate_distance: Images this near or nearer are near-duplicates; 0: none are.
+        among: Rows of the client's domain, for ``oracle``.
         device: Where densities and distances are computed.
 
     Raises:
-        ValueError: An unknown strategy, ``ecos`` without counts, or a negative distance.
+        ValueError: An unknown strategy, ``ecos`` without counts, ``oracle`` without rows, or a
+            negative distance.
     """
     assignments = torch.as_tensor(assignments)
     num_clusters = len(centroids)
@@ -162,9 +166,13 @@ def select(
     kept, threshold, relevant = torch.ones(num_clusters, dtype=torch.bool), 0.0, None
     if strategy == "all":
         chosen, num_duplicates = _take(_Listed(_readable(assignments, num_rows)), None, distinct)
-    elif strategy == "random":
-        order = torch.randperm(num_rows, generator=generator).numpy()
-        order = _readable(assignments, num_rows)[order]
+    elif strategy in ("random", "oracle"):
+        rows = _readable(assignments, num_rows)
+        if strategy == "oracle":
+            if among is None:
+                raise ValueError("the strategy oracle needs the rows of the client's domain")
+            rows = np.intersect1d(rows, among)
+        order = rows[torch.randperm(len(rows), generator=generator).numpy()]
         chosen, num_duplicates = _take(_Listed(order), size, distinct)
     elif strategy == "ecos":
         if noisy_counts is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def summarise(
     run_id: str,
     seed: int,
     probe: ProbeResult | None,
+    rounds: Sequence[dict[str, Any]] = (),
     simulation: dict[str, float | None],
     seconds: dict[str, float | None],
 ) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def summarise(
         run_id: Name of the run.
         seed: Of the run.
         probe: What the probe found; None where the client trained alone.
+        rounds: Further rounds of labels: ``epoch, changed, label_accuracy, bytes_down``.
         simulation: ``purity``, ``random_purity``, ``label_accuracy``, ``test_accuracy``.
         seconds: ``probe, fit, test, per_step, total``. The steps of the probe are added: those
             of this run, so 0 where their results were on disk.
@@ -45,6 +48,7 @@ def summarise(
         "proxy": {"size": 0, "num_clusters": 0, "kept_clusters": 0},
         "privacy": {**_NOTHING_RELEASED, "spent_by_this_run": 0.0},
         "communication": {"bytes_down": 0, "bytes_up": 0, "round_trips": 0},
+        "rounds": [dict(one) for one in rounds],
         "simulation": {name: _rounded(simulation.get(name), 6) for name in shown},
         "seconds": {
             **{step: steps.get(step, 0.0) for step in _STEPS},
@@ -63,8 +67,7 @@ def summarise(
             "fingerprint": probe.fingerprint,
             "from_disk": probe.from_disk,
         }
-        spent = 0.0 if probe.from_disk else probe.privacy["epsilon"]
-        summary["privacy"] = {**probe.privacy, "spent_by_this_run": spent}
+        summary["privacy"] = {**probe.privacy, "spent_by_this_run": probe.spent_now}
         summary["communication"] = dict(probe.communication)
     return summary
 
@@ -97,6 +100,13 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
             )
         if known["label_accuracy"] is not None:
             table.add_row("label accuracy*", f"{known['label_accuracy']:.3f}")
+        for number, one in enumerate(summary["rounds"], 1):
+            known_now = one["label_accuracy"]
+            right = "" if known_now is None else f", accuracy* {known_now:.3f}"
+            table.add_row(
+                f"label round {number}",
+                f"before epoch {one['epoch']}: {one['changed']:.1%} of the labels changed{right}",
+            )
         if proxy["duplicates"]:
             table.add_row("", f"{proxy['duplicates']:,} near-duplicates left out")
         table.add_row("licences", licence_summary(proxy["pools"]))

@@ -34,6 +34,7 @@ class TableLabeler:
     """
 
     name = "client_table"
+    rounds = None
 
     def __init__(
         self,

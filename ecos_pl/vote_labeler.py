@@ -43,6 +43,7 @@ class VoteLabeler:
     """
 
     name = "client_knn"
+    rounds = None
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ecos_pl.backbone import create_backbone
+from ecos_pl.backbone_file import save_adapted
 from ecos_pl.classifier import Classifier
 from ecos_pl.client_cli import main
 from ecos_pl.client_setup import open_client, open_ledger
@@ -22,7 +23,8 @@ from ecos_pl.message_format import query_id_of
 from ecos_pl.messages import CoverageAnswer, CoverageQuery, PrototypeAnswer, Refusal
 from ecos_pl.model_file import save_model
 from ecos_pl.remote_mailbox import ClientMailbox, RemoteMailbox
-from tests.test_client import coverage_query, prototype_query
+from tests.test_backbone_file import trained
+from tests.test_client import SPEC, coverage_query, prototype_query
 
 REPOSITORY = Path(__file__).parents[1]
 ENCODER = ["--encoder", "mobilenetv3_small_050", "--weights", "random", "--image-size", "32"]
@@ -358,6 +360,134 @@ def test_sigterm_ends_it_cleanly_and_it_answers_while_it_runs(home):
     assert process.returncode == 0
     assert out.endswith("stopped\n")
     assert len(open_ledger(home / "client")[0].entries()) == 1
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A query for a backbone that the cloud has trained further, and its file."""
+    from tests.test_adapted_encoders import query_for
+
+    spec = save_adapted(trained(), SPEC, tmp_path / "round1.safetensors")
+    return query_for(spec, noise_std=5.0), Path(spec.weights).read_bytes()
+
+
+def send(home, model, **options):
+    RemoteMailbox(str(home / "box"), sender="cloud", **options).send_model(model)
+
+
+ADAPTED = [*SERVE, "--adapted-seconds", "0.01"]
+
+
+def test_a_backbone_that_the_cloud_trained_is_fetched_told_of_and_kept(home, capsys, adapted):
+    query, model = adapted
+    send(home, model)
+    leave(home, query)
+    status, out, _ = run(
+        "serve", home / "client", "--mailbox", home / "box", *ADAPTED, capsys=capsys
+    )
+    assert status == 0
+    assert "with a backbone that the cloud has trained further (0.9 MB)" in out
+    assert "costs ε 0.727" in out
+    assert max(map(len, out.splitlines()[2:])) <= 80
+    assert CoverageAnswer.from_bytes(ask(home, query))
+    shutil.rmtree(home / "box" / "models")  # kept: the next query needs no new download
+    again = dataclasses.replace(CoverageQuery.from_bytes(query), attempt=1).to_bytes()
+    leave(home, again)
+    run("serve", home / "client", "--mailbox", home / "box", *ADAPTED, capsys=capsys)
+    assert CoverageAnswer.from_bytes(ask(home, again))
+
+
+def test_a_policy_without_trained_backbones_says_so(home, capsys, adapted):
+    query, model = adapted
+    change_policy(home, "adapted_encoders: true", "adapted_encoders: false")
+    send(home, model)
+    leave(home, query)
+    run("serve", home / "client", "--mailbox", home / "box", *ADAPTED, capsys=capsys)
+    assert "allows no encoder that the cloud has trained further" in refusal(home, query)
+    assert open_ledger(home / "client")[0].entries() == []
+
+
+def test_init_can_forbid_trained_backbones(home, tmp_path, capsys):
+    shutil.copytree(home / "images" / "test", tmp_path / "images")
+    command = ["init", tmp_path / "c", "--data", tmp_path / "images", *ENCODER]
+    assert run(*command, "--no-adapted-encoders", capsys=capsys)[0] == 0
+    assert not open_ledger(tmp_path / "c")[1].adapted_encoders
+
+
+def test_a_model_that_does_not_come_whole_is_refused_and_the_client_goes_on(home, capsys, adapted):
+    query, model = adapted
+    leave(home, query)
+    _, out, _ = run("serve", home / "client", "--mailbox", home / "box", *ADAPTED, capsys=capsys)
+    assert "its model is not in the mailbox yet" in out
+    assert "not in the mailbox" in refusal(home, query)
+    send(home, model)
+    (path,) = (home / "box" / "models").iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    (home / "box" / "refusals" / f"{query_id_of(query)}.ecos").unlink()
+    leave(home, coverage_query())
+    run("serve", home / "client", "--mailbox", home / "box", *ADAPTED, capsys=capsys)
+    assert "SHA-256 differs" in refusal(home, query)
+    assert CoverageAnswer.from_bytes(ask(home, coverage_query()))
+
+
+def test_a_model_may_come_after_its_query(home, adapted):
+    """As in folders that are synchronised file by file, the small ones first."""
+    from ecos_pl.client_serve import Person, serve
+
+    query, model = adapted
+    leave(home, query)
+    lines = []
+
+    class Writer(threading.Event):
+        """The model comes in the second pause; the loop ends in the sixth."""
+
+        pauses = 0
+
+        def wait(self, timeout=None):
+            self.pauses += 1
+            if self.pauses == 2:
+                send(home, model)
+            if self.pauses == 6:
+                self.set()
+            return self.is_set()
+
+    mailbox = ClientMailbox(str(home / "box"), sender="client")
+    options = {"poll_s": 0.01, "adapted_s": 0.01, "signed": False, "stop": Writer()}
+    client = open_client(home / "client")
+    serve(client, mailbox, Person(lines.append), once=False, **options)
+    assert "          answered" in lines
+    assert sum("query" in line and "from" in line for line in lines) == 1
+    assert not any("refused" in line for line in lines)
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_replies_to_trained_backbones_leave_on_the_slow_schedule(home, adapted, is_refused):
+    """What is replied tells nothing of how long embedding took: also a refusal after it."""
+    from ecos_pl.client_serve import Person, serve
+
+    query, model = adapted
+    if is_refused:  # its projection does not fit, which shows after embedding only
+        narrow = CoverageQuery.from_bytes(query)
+        half = {"mean": narrow.mean[:7], "components": narrow.components[:, :7].contiguous()}
+        query = dataclasses.replace(narrow, **half).to_bytes()
+    send(home, model)
+    leave(home, query)
+    leave(home, coverage_query())
+    waits = []
+
+    class Waits(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            return False
+
+    mailbox = ClientMailbox(str(home / "box"), sender="client")
+    client = open_client(home / "client")
+    options = {"once": True, "poll_s": 1.0, "adapted_s": 500.0, "signed": False, "stop": Waits()}
+    serve(client, mailbox, Person(lambda line: None), **options)
+    slow, quick = sorted(waits, reverse=True)
+    assert 300 < slow < 500
+    assert quick <= 1
+    assert (home / "box" / "refusals").exists() == is_refused
 
 
 # --- the ledger, messages, evaluation ------------------------------------------------------------

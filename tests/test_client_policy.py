@@ -15,6 +15,7 @@ FULL = ClientPolicy(
     max_clusters=300,
     max_per_person=5,
     confirm=True,
+    adapted_encoders=False,
     encoder=EncoderSpec("resnet18", "a folder/weights: 1.pth", 96),
     fingerprint="ab" * 32,
 )
@@ -56,6 +57,7 @@ def test_it_is_never_overwritten(tmp_path):
         ("min_noise_std: 7.25", "min_noise_std: 0", "min_noise_std must be 0.5 or more"),
         ("min_noise_std: 7.25", "min_noise_sdt: 7", "did you mean min_noise_std"),
         ("confirm: true", "", "the line for confirm is missing"),
+        ("adapted_encoders: false", "adapted_encoders: 0", "must be true or false, not 0"),
         ("image_size: 96", "image_size: null", "image_size must be given"),
         ("encoder: resnet18", "encoder: ask", "goes with image_size: null"),
         ("max_clusters: 300", "max_clusters: [3", "cannot be read"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -26,6 +27,7 @@ from ecos_pl.mailbox import (
     InProcessMailbox,
     Mailbox,
     MailboxError,
+    MissingModelError,
     RefusedError,
 )
 from ecos_pl.message_store import MessageStore
@@ -151,14 +153,32 @@ def answer_all(url: str, key: bytes | None = None) -> None:
 
 def test_a_client_in_this_process_is_made_once_and_only_when_asked() -> None:
     made = []
-    mailbox: Mailbox = InProcessMailbox(
-        lambda: (made.append(1), lambda query: query[::-1] * 2)[1], client_id="ann"
-    )
+
+    class Reverser:
+        adopted: ClassVar[list[bytes]] = []
+
+        def answer(self, content: bytes) -> bytes:
+            if content == b"with a model" and not self.adopted:
+                raise MissingModelError(hashlib.sha256(b"weights").hexdigest())
+            return content[::-1] * 2
+
+        def adopt(self, content: bytes) -> None:
+            self.adopted.append(content)
+
+    mailbox: Mailbox = InProcessMailbox(lambda: (made.append(1), Reverser())[1], client_id="ann")
     assert (made, mailbox.bytes_sent, mailbox.bytes_received) == ([], 0, 0)
     assert mailbox.ask(b"abc") == mailbox.ask(b"abc") == b"cbacba"
     assert mailbox.ask(b"z") == b"zz"
     assert (made, mailbox.client_id) == ([1], "ann")
     assert (mailbox.bytes_sent, mailbox.bytes_received) == (3 + 1, 6 + 2)
+    with pytest.raises(MissingModelError, match="does not hold the model"):
+        mailbox.ask(b"with a model")
+    other, model = mailbox.send_model(b"other"), mailbox.send_model(b"weights")
+    assert (other, model) == (query_id_of(b"other"), query_id_of(b"weights"))
+    assert mailbox.send_model(b"weights") == model
+    assert mailbox.bytes_sent == 4 + 5 + 7
+    assert mailbox.ask(b"with a model") == 2 * b"ledom a htiw"
+    assert Reverser.adopted == [b"weights"]
 
 
 @pytest.mark.parametrize("key", [None, KEY])
@@ -177,6 +197,48 @@ def test_round_trip(url: str, key: bytes | None) -> None:
     assert (mailbox.bytes_sent, mailbox.bytes_received) == (len(sent), len(received))
     mailbox.ask(query)
     assert (mailbox.bytes_sent, mailbox.bytes_received) == (len(sent), len(received))
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_model_is_left_once_and_read_whole(url: str, key: bytes | None) -> None:
+    model = bytes(range(256)) * 100
+    mailbox: Mailbox = Time().mailbox(url, key=key)
+    model_id = mailbox.send_model(model)
+    assert model_id == hashlib.sha256(model).hexdigest()[:32]
+    sealed = MessageStore(url).read("models", model_id)
+    assert sealed == seal(model, sender="cloud", key=key)
+    assert mailbox.bytes_sent == len(sealed)
+    written = age_of(url, "models", model_id)
+    Time().mailbox(url, key=key).send_model(model)
+    mailbox.send_model(model)
+    assert age_of(url, "models", model_id) == written
+    assert (mailbox.bytes_sent, mailbox.bytes_received) == (len(sealed), 0)
+    client = ClientMailbox(url, sender="client", key=key)
+    assert client.read_model(model_id) == model
+    assert client.open_queries() == []
+    put(url, "models", model_id, sealed[:-1])
+    with pytest.raises(MessageError, match="SHA-256"):
+        client.read_model(model_id)
+    mailbox.send_model(model)
+    assert client.read_model(model_id) == model
+
+
+def test_odd_models_are_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mailbox, client = Time().mailbox(url), ClientMailbox(url, sender="client")
+    with pytest.raises(MessageError, match="not in the mailbox"):
+        client.read_model("a" * 32)
+    put(url, "models", "a" * 32, seal(b"another", sender="cloud"))
+    with pytest.raises(MessageError, match="a name that is not its own"):
+        client.read_model("a" * 32)
+    with pytest.raises(MessageError, match="32 hexadecimal digits"):
+        client.read_model("../" + "a" * 29)
+    with pytest.raises(MessageError, match="not signed"):
+        ClientMailbox(url, sender="client", key=KEY).read_model("a" * 32)
+    monkeypatch.setattr(envelope, "MAX_BYTES", 20_000)
+    with pytest.raises(MessageError, match=r"a model of 0\.0 MB is too large .* send a smaller"):
+        mailbox.send_model(bytes(19_500))
+    assert mailbox.bytes_sent == 0
+    mailbox.send_model(bytes(18_000))
 
 
 def test_the_layout_is_three_folders_of_files_named_by_the_query(tmp_path: Path) -> None:

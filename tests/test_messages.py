@@ -387,6 +387,7 @@ def test_every_query_is_read_and_no_answer_is_one(query):
         {},
         {"name": "x", "image_size": 48},
         {"name": "x", "image_size": 48, "features": "final", "weights": "/home/me"},
+        {"name": "x", "image_size": 48, "model": "0" * 64},
         {"name": "", "image_size": 48, "features": "final"},
         {"name": ["x"], "image_size": 48, "features": "final"},
         {"name": "x\n", "image_size": 48, "features": "final"},
@@ -399,6 +400,14 @@ def test_every_query_is_read_and_no_answer_is_one(query):
 def test_the_encoder_is_named_and_nothing_else(encoder):
     with pytest.raises(MessageError, match="name, image_size and features alone"):
         coverage_query(encoder=encoder)
+
+
+def test_a_backbone_trained_further_is_named_by_its_hash():
+    encoder = {**coverage_query().encoder, "model": "0f" * 32}
+    content = coverage_query(encoder=encoder).to_bytes()
+    assert CoverageQuery.from_bytes(content).encoder["model"] == "0f" * 32
+    assert query_id_of(content) != query_id_of(coverage_query().to_bytes())
+    assert f"model: {json.dumps('0f' * 32)}" in "\n".join(describe_message(content))
 
 
 @pytest.mark.parametrize("name", ["mean", "components", "centroids"])

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ class World:
                 client = Client.simulated(folder, self.private, policy)
                 return change(client.answer(query))
 
-            return InProcessMailbox(lambda: answer, client_id=client_id)
+            return InProcessMailbox(lambda: SimpleNamespace(answer=answer), client_id=client_id)
 
         labeler = labeler or PublicLabeler(CLASSES)
         return Probe(
@@ -172,7 +173,7 @@ def test_the_baselines_ask_nobody_for_counts(world, strategy):
 def test_more_images_than_there_are_is_said(world, caplog):
     result = world.probe(dataclasses.replace(PLAN, size=1000)).run()
     assert len(result.proxy_set) == 260
-    assert "260 readable images, not the 1000 asked for" in caplog.text
+    assert "only 260 images could be chosen, not the 1000 asked for" in caplog.text
 
 
 def test_near_duplicates_are_replaced_and_said(world, image_tree, caplog, tmp_path):

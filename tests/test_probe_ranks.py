@@ -31,13 +31,13 @@ images = Path((folder / "images").read_text())
 
 def make_probe(folder):
     def mailbox_for(fingerprint):
-        def answerer():
+        def client():
             policy = ClientPolicy(
                 min_noise_std=0.5, min_noise_multiplier=0.05, max_epsilon=60.0, encoder=spec
             )
             private = scan_folder(images / "client" / "train")
-            return Client.simulated(folder / "client", private, policy).answer
-        return InProcessMailbox(answerer, client_id="c")
+            return Client.simulated(folder / "client", private, policy)
+        return InProcessMailbox(client, client_id="c")
 
     return Probe(
         scan_folder(images / "pool"),

@@ -161,6 +161,7 @@ def chosen(counts, assignments, embeddings, centroids, **changes):
         "noise_std": 5.0,
         "generator": generator(),
         "duplicate_distance": 0.0,
+        "among": np.arange(len(assignments)),  # for the oracle: all, unless a test says otherwise
     }
     return select(counts, assignments, embeddings, centroids, **{**options, **changes})
 
@@ -188,6 +189,9 @@ def test_quotas_are_proportional_to_the_density_of_the_core():
     assert found.num_filled_up == 0
 
 
+FIRST_HALF = np.arange(150)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     counts=st.lists(st.integers(-20, 80), min_size=10, max_size=10),
@@ -197,8 +201,11 @@ def test_quotas_are_proportional_to_the_density_of_the_core():
 def test_size_is_reached_and_rows_are_unique_and_sorted(counts, size, strategy):
     assignments, embeddings, centroids = pool()
     counts = torch.tensor(counts)
-    found = chosen(counts, assignments, embeddings, centroids, size=size, strategy=strategy)
-    assert len(found.indices) == (300 if strategy == "all" else min(size, 300))
+    found = chosen(
+        counts, assignments, embeddings, centroids, size=size, strategy=strategy, among=FIRST_HALF
+    )
+    there = 150 if strategy == "oracle" else 300
+    assert len(found.indices) == (300 if strategy == "all" else min(size, there))
     assert found.indices.dtype == torch.int64
     assert found.indices.tolist() == sorted(set(found.indices.tolist()))
     picked = torch.bincount(assignments[found.indices], minlength=10)
@@ -209,6 +216,16 @@ def test_size_is_reached_and_rows_are_unique_and_sorted(counts, size, strategy):
         for cluster in range(10):
             members = relevant[assignments == cluster].double()
             assert bool(found.kept[cluster]) == (len(members) > 0 and members.mean() >= 0.5)
+
+
+def test_the_oracle_draws_from_the_clients_domain_alone():
+    arguments = pool()
+    rows = np.arange(40, 140)
+    found = chosen(None, *arguments, strategy="oracle", among=rows)
+    assert len(found.indices) == 60
+    assert set(found.indices.tolist()) <= set(rows.tolist())
+    with pytest.raises(ValueError, match="needs the rows of the client's domain"):
+        chosen(None, *arguments, strategy="oracle", among=None)
 
 
 def test_a_core_that_is_too_small_is_taken_whole_and_the_next_densest_fill_up():
@@ -554,7 +571,7 @@ def test_random_goes_on_in_its_own_order():
 
 
 def test_mistakes_are_refused():
-    with pytest.raises(ValueError, match="one of ecos, random, all, not 'best'"):
+    with pytest.raises(ValueError, match="one of ecos, random, all, oracle, not 'best'"):
         chosen(None, *pool(), strategy="best")
     with pytest.raises(ValueError, match="ecos needs the client's noisy counts"):
         chosen(None, *pool())

@@ -158,6 +158,7 @@ def test_a_run_folder_of_another_config_is_not_mixed_with(run):
     [
         (["selection.strategy=random", "labels=public"], 60),
         (["selection.strategy=all", "labels=public", "task.augment=none"], 260),
+        (["selection.strategy=oracle", "labels=public"], 60),
         (["task.consistency_weight=1", "task.consistency_threshold=0.5"], 60),
         (["train_on=client"], 0),
         (["privacy.sample_rate=0.5", "task.ema_decay=null", "task.augment=crop_flip"], 60),
@@ -197,6 +198,7 @@ def test_wandb_offline_needs_no_key_and_keeps_figures(run, tmp_path, monkeypatch
         (["encoder.name=mobilenetv3_smal_050"], "did you mean"),
         (["encoder.weights=/nowhere.pth"], "/nowhere.pth"),
         (["data.client_domain=bar"], "bars"),
+        (["selection.strategy=oracle", "data.client_domain=null"], "data.client_domain=NAME"),
         (["probe.num_clusters=1000"], "num_clusters=1000"),
     ],
 )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -161,7 +162,8 @@ def test_the_same_answers_give_the_same_proxy_set_in_one_process(parties, image_
         noise_std=2.0,
         max_epsilon=6.0,
     )
-    mailbox = InProcessMailbox(lambda: lambda query: replies[query_id_of(query)], client_id="x")
+    client = SimpleNamespace(answer=lambda query: replies[query_id_of(query)])
+    mailbox = InProcessMailbox(lambda: client, client_id="x")
     labeler = PrototypeLabeler(["horizontal", "vertical"], num_dims=6, num_views=2)
     result = Probe(
         scan_folder(image_tree / "pool"),

@@ -95,7 +95,7 @@ class CompressionModule(L.LightningModule):
 
     def _due(self, epoch: int) -> int:
         """Prunings that have been done when an epoch begins."""
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # all there will ever be
+        if self.trainer.fast_dev_run:  # all there will ever be
             return self.num_prunings
         return min(self.num_prunings, 1 + epoch // self.epochs_between)
 

@@ -1,0 +1,76 @@
+"""Runs of train.py side by side: mean ± std over seeds, as a Markdown table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parents[1]
+DATA = {
+    "mixed_digits": ["data=mixed_digits"],
+    "mnist_fashion": ["data=mnist_fashion", f"data.root={HERE.parent / 'shared' / 'data'}"],
+}
+"""The data families that the scenarios are shown on, as settings of train.py."""
+
+Summary = Mapping[str, Any]
+
+
+def run_summary(run_id: str, settings: Sequence[str], run_root: Path) -> Summary:
+    """The summary of a run of train.py, which is done unless it is there; what it prints is shown.
+
+    Args:
+        run_id: Names the run; other settings need another name.
+        settings: `key=value` each.
+        run_root: Folder of the runs, which share one cache.
+
+    Raises:
+        subprocess.CalledProcessError: The run failed; it said why.
+    """
+    path = run_root / run_id / "summary.json"
+    if not path.is_file():
+        command = [sys.executable, str(HERE / "train.py"), *settings]
+        command += [f"run_id={run_id}", f"run_root={run_root}"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    summary: Summary = json.loads(path.read_text())
+    return summary
+
+
+def mean_and_std(values: Iterable[float | None], form: str, *, spread: bool = True) -> str:
+    """A cell of a table: "–" without a value, the mean, and the spread if there are several.
+
+    Args:
+        values: One for each seed; None where a run has none.
+        form: Of one number, as in `{:.3f}`.
+        spread: Whether to show the standard deviation (n - 1).
+
+    >>> mean_and_std([0.5, 0.7, None], "{:.2f}"), mean_and_std([], "{:.2f}")
+    ('0.60 ± 0.14', '–')
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = form.format(statistics.mean(known))
+    if len(known) == 1 or not spread:
+        return mean
+    return f"{mean} ± {form.format(statistics.stdev(known))}"
+
+
+def looked_up(summary: Summary, path: str) -> Any:
+    """A value of a summary by its place, as in `simulation.test_accuracy`; None if not there."""
+    value: Any = summary
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a Markdown table, each row as soon as it is there."""
+    for cells in (header, ["---"] * len(header)):
+        print("| " + " | ".join(cells) + " |", flush=True)
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |", flush=True)

@@ -407,9 +407,9 @@ class CompressionOptions(Part):
     )
     calibration: str = option(
         "best",
-        "how ranges of activations follow from calibration images; best: whichever agrees most "
-        "with the float model on held-out proxy images",
-        choices=("best", "minmax", "percentile", "entropy"),
+        "how ranges of activations follow from calibration images: all values, or 99.99% of them; "
+        "best: whichever agrees most with the float model on held-out proxy images",
+        choices=("best", "minmax", "percentile"),
     )
     num_calibration_images: int = option(
         256, "proxy images on which the 8-bit model is calibrated", minimum=1

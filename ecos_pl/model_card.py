@@ -55,8 +55,8 @@ def card_text(
     privacy.pop("spent_by_this_run")
     lines = [f"# {summary['run_id']}", ""]
     lines += [
-        f"A {after['backbone']} from the weights of `{teacher}`, pruned and quantised"
-        f" to 8 bits for `{target}`.",
+        f"A {after['backbone']} from the weights of `{teacher}`, pruned and quantised to 8 bits "
+        f"for `{target}`.",
         "",
     ]
     if proxy["size"]:
@@ -87,7 +87,7 @@ def card_text(
     if after["accuracy"] is not None and before["accuracy"] is not None:
         lines += [
             f"| accuracy on the simulated client's test images | {before['accuracy']:.4f} | "
-            f"{after['accuracy']:.4f} | {100 * found['accuracy_drop']:+.1f} points lost |"
+            f"{after['accuracy']:.4f} | drop: {100 * found['accuracy_drop']:.2f} points |"
         ]
     lines += [
         "",

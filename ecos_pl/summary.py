@@ -169,7 +169,7 @@ def _compression_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 "int8 accuracy*",
                 f"{after['accuracy']:.4f}, the teacher's {before['accuracy']:.4f} "
-                f"({100 * found['accuracy_drop']:+.1f} points lost)",
+                f"(drop: {100 * found['accuracy_drop']:.2f} points)",
             ),
         )
     return rows

@@ -95,7 +95,7 @@ class CompressionModule(L.LightningModule):
 
     def _due(self, epoch: int) -> int:
         """Prunings that have been done when an epoch begins."""
-        if self.trainer.fast_dev_run:  # all there will ever be
+        if getattr(self.trainer, "fast_dev_run", False):  # all there will ever be
             return self.num_prunings
         return min(self.num_prunings, 1 + epoch // self.epochs_between)
 
@@ -106,7 +106,7 @@ class CompressionModule(L.LightningModule):
         prune(self.model, narrowed(self.full, share), gradients)
         self.num_pruned += 1
         schedules = self.trainer.lr_scheduler_configs
-        steps = [one.scheduler.last_epoch for one in schedules]  # type: ignore[union-attr]
+        steps = [one.scheduler.last_epoch for one in schedules]
         self.trainer.strategy.setup_optimizers(self.trainer)
         for one, step in zip(self.trainer.lr_scheduler_configs, steps, strict=True):
             _go_to(one.scheduler, step)  # the cycle goes on

@@ -7,6 +7,7 @@ Whatever is heavy is imported late, so that --help and mistakes are quick.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from ecos_pl.config import (
     ClientKnnOptions,
     ClientPrototypesOptions,
     ClientTableOptions,
+    CompressionOptions,
     Config,
     ConfigError,
     DistillationOptions,
@@ -62,10 +65,12 @@ if TYPE_CHECKING:
     from datamodules.local import LocalDataModule
     from datamodules.proxy import ProxySamplingDataModule, TrainingView
     from datamodules.scenario import Scenario
+    from ecos_pl.classifier import Classifier
     from ecos_pl.images import PoolSource
     from ecos_pl.labeling import Labeler, RoundPlan
     from ecos_pl.mailbox import Mailbox
     from ecos_pl.modules.self_labeling import Method
+    from ecos_pl.pruning_plan import PruningPlan, Target
     from ecos_pl.relabeling import Relabeler
     from ecos_pl.remote_mailbox import RemoteMailbox
     from ecos_pl.teacher import FrozenTeacher
@@ -163,15 +168,20 @@ def train(config: Config) -> dict[str, Any]:
     scenario = _scenario(config)
     teacher = _teacher(config, scenario)
     datamodule = _datamodule(config, scenario, folder, teacher)
-    module = _module(config, scenario, teacher)
+    module = _module(config, scenario, folder, datamodule, teacher)
     rounds = _label_rounds(config, folder)
     trainer, timer = _trainer(config, folder, [rounds] if rounds else [])
+    if isinstance(config.task, CompressionOptions):
+        if trainer.world_size > 1:
+            raise ConfigError("task=compression trains on one device: add trainer.devices=1")
+        if rounds:
+            raise ConfigError("labels.rounds: task=compression prunes the backbone; leave them out")
     metrics = []
     with _children_end_too(trainer):
         _probe_here_if_workers_cannot_tell(trainer, datamodule)
         trainer.fit(module, datamodule, ckpt_path=_checkpoint(folder), weights_only=True)
         if not config.trainer.fast_dev_run:
-            module = _delivered(config, scenario, teacher, folder, timer)
+            module = _delivered(config, scenario, folder, datamodule, teacher, timer)
             if rounds:
                 rounds.catch_up(datamodule)
         if scenario.client_test is not None:
@@ -194,6 +204,10 @@ def train(config: Config) -> dict[str, Any]:
         },
         **_sizes(module, teacher, scenario, trainer),
     )
+    if isinstance(config.task, CompressionOptions):
+        summary["compression"] = _compressed(config, folder, module, datamodule)
+        if not config.trainer.fast_dev_run:
+            _write_card(config, config.task, scenario, folder, summary)
     if trainer.is_global_zero and not config.trainer.fast_dev_run:
         save_model(folder / "model.safetensors", module.model)  # for `ecos-client evaluate`
         write_json(folder / "summary.json", summary)
@@ -268,6 +282,8 @@ def _view(config: Config) -> TrainingView:
     from datamodules.proxy import TrainingView
 
     task = config.task
+    if isinstance(task, CompressionOptions):
+        return _compression_view(task)
     assert isinstance(task, (SelfLabelingOptions, DistillationOptions))
     labels_itself = isinstance(task, SelfLabelingOptions) and _method(config) != "supervised"
     return TrainingView(
@@ -508,13 +524,19 @@ def _remote_mailbox(options: MailboxOptions) -> RemoteMailbox:
 
 
 def _module(
-    config: Config, scenario: Scenario, teacher: FrozenTeacher | None = None
+    config: Config,
+    scenario: Scenario,
+    folder: Path,
+    datamodule: Any,
+    teacher: FrozenTeacher | None = None,
 ) -> L.LightningModule:
     from ecos_pl.modules.distillation import DistillationModule
     from ecos_pl.modules.self_labeling import SelfLabelingModule
     from ecos_pl.warm_start import new_classifier
 
     task = config.task
+    if isinstance(task, CompressionOptions):
+        return _compression_module(config, task, scenario, folder, datamodule)
     assert isinstance(task, (SelfLabelingOptions, DistillationOptions))
     model = new_classifier(
         scenario.classes,
@@ -601,6 +623,200 @@ def _teacher_trainer(config: Config, task: DistillationOptions, folder: Path) ->
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+# --- task=compression ----------------------------------------------------------------------------
+
+
+def _compression_view(task: CompressionOptions) -> TrainingView:
+    from datamodules.proxy import TrainingView
+
+    return TrainingView(
+        image_size=_compression_model(task, "teacher").image_size,
+        batch_size=task.batch_size,
+        augment=task.augment,  # type: ignore[arg-type]  # the config allows the same names
+        val_fraction=task.val_fraction,
+        num_workers=task.num_workers,
+    )
+
+
+def _compression_model(task: CompressionOptions, key: str) -> Classifier:
+    """The ``teacher``, or what training starts from: the ``weights``."""
+    from ecos_pl.model_file import load_model
+
+    try:
+        return load_model(_compression_file(task, key))
+    except ValueError as error:
+        raise ConfigError(f"task.{key}: {error}") from error
+
+
+def _compression_file(task: CompressionOptions, key: str) -> Path:
+    file = task.weights if key == "weights" and task.weights else task.teacher
+    return Path(file).expanduser()
+
+
+def _compression_module(
+    config: Config, task: CompressionOptions, scenario: Scenario, folder: Path, datamodule: Any
+) -> L.LightningModule:
+    from datamodules.plain_images import plain_batches
+    from ecos_pl.extras import require
+    from ecos_pl.modules.compression import CompressionModule
+
+    require("compress")
+    teacher, student = (_compression_model(task, key) for key in ("teacher", "weights"))
+    for key, model in (("teacher", teacher), ("weights", student)):
+        if list(model.classes) != list(scenario.classes):
+            raise ConfigError(
+                f"task.{key}: that model tells {_listed(model.classes)} apart, the client "
+                f"{_listed(scenario.classes)}"
+            )
+    if student.image_size != teacher.image_size:
+        raise ConfigError(
+            f"task.weights: that model sees {student.image_size} px, the teacher "
+            f"{teacher.image_size}"
+        )
+    plan = _pruning_plan(config, task, student, folder)
+    last = (task.num_prunings - 1) * task.epochs_between if plan.keep < 1 else -1
+    if not config.trainer.fast_dev_run and -1 < config.trainer.max_epochs <= last:
+        raise ConfigError(
+            f"trainer.max_epochs={config.trainer.max_epochs} ends before the last pruning: write "
+            f"trainer.max_epochs={last + task.epochs_between}, or a smaller task.num_prunings"
+        )
+    return CompressionModule(
+        student,
+        teacher,
+        keep=plan.keep,
+        num_prunings=task.num_prunings,
+        epochs_between=task.epochs_between,
+        measured_on=partial(
+            plain_batches, datamodule, task.num_importance_images, seed=config.seed
+        ),
+        temperature=task.temperature,
+        label_weight=task.label_weight,
+        learning_rate=task.learning_rate,
+        weight_decay=task.weight_decay,
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _compression_target(task: CompressionOptions) -> Target:
+    from ecos_pl.pruning_plan import Target
+
+    given = {name: value for name, value in asdict(task.target).items() if value is not None}
+    if len(given) > 1:
+        keys = " and ".join(f"task.target.{name}" for name in given)
+        raise ConfigError(f"{keys} are two targets: give one of them")
+    return Target(*next(iter(given.items()), ("sparsity", 0.75)))
+
+
+def _pruning_plan(
+    config: Config, task: CompressionOptions, student: Classifier, folder: Path
+) -> PruningPlan:
+    """How much is pruned: found once, then read, since a latency measured again is another one."""
+    from ecos_pl.progress import progress_bar
+    from ecos_pl.pruning_plan import PruningPlan, plan_pruning
+    from ecos_pl.storage import read_json, write_json
+
+    path, target = folder / "pruning_plan.json", _compression_target(task)
+    made_of = {
+        key: hashlib.sha256(_compression_file(task, key).read_bytes()).hexdigest()
+        for key in ("teacher", "weights")
+    }
+    if path.is_file():
+        known = read_json(path)
+        for key, digest in made_of.items():
+            if known[key] != digest:
+                raise ConfigError(
+                    f"{_compression_file(task, key)} is not the file that {folder} began with: "
+                    "choose another run_id, or remove that folder"
+                )
+        return PruningPlan(known["keep"], known["expected"])
+    with progress_bar("looking for the widths that meet the target", None, "models") as done:
+        plan = plan_pruning(student, target, done)
+    if not config.trainer.fast_dev_run:
+        write_json(path, {**made_of, "target": str(target), **asdict(plan)})
+    return plan
+
+
+def _compressed(config: Config, folder: Path, module: Any, datamodule: Any) -> dict[str, Any]:
+    """Write the compressed model's files, unless they are there; on a dry run, forget them."""
+    import tempfile
+
+    from datamodules.plain_images import calibration_images
+    from ecos_pl.compressed_files import FILES, write_files
+    from ecos_pl.model_size import parameter_count
+    from ecos_pl.quantization import METHODS
+    from ecos_pl.storage import fingerprint_of, read_json, write_json
+
+    task, teacher, path = config.task, module.teacher, folder / "compression.json"
+    assert isinstance(task, CompressionOptions)
+    if module.num_pruned < module.num_prunings:
+        raise ConfigError(
+            f"training ended after {module.num_pruned} of {module.num_prunings} prunings, short of "
+            "task.target; its checkpoint stays: allow more steps, or fewer task.num_prunings"
+        )
+    how = [task.calibration, task.num_calibration_images, task.tolerance]
+    made_of = fingerprint_of([how, _weights_hash(module.model), _weights_hash(teacher)])
+    if path.is_file() and all((folder / name).is_file() for name in FILES):
+        known = read_json(path)
+        if known["made_of"] == made_of:
+            done: dict[str, Any] = known["found"]
+            return done
+    calibration, held_out = calibration_images(
+        datamodule, task.num_calibration_images, seed=config.seed
+    )
+    with contextlib.ExitStack() as stack:
+        if config.trainer.fast_dev_run:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        found = write_files(
+            folder,
+            module.model,
+            teacher,
+            calibration=calibration,
+            held_out=held_out,
+            methods=METHODS if task.calibration == "best" else [task.calibration],
+            tolerance=task.tolerance,
+            test_batches=datamodule.test_dataloader,
+        )
+    target = _compression_target(task)
+    before = parameter_count(_compression_model(task, "weights").net)
+    reached = {**found["student"], "sparsity": 1 - found["student"]["parameters"] / before}
+    asked = {"name": target.name, "value": target.value, "reached": reached[target.name]}
+    found = {"target": asked, **found}
+    if not config.trainer.fast_dev_run:
+        write_json(path, {"made_of": made_of, "found": found})
+    return found
+
+
+def _weights_hash(model: Classifier) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.net.state_dict().items():
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_card(
+    config: Config,
+    task: CompressionOptions,
+    scenario: Scenario,
+    folder: Path,
+    summary: dict[str, Any],
+) -> None:
+    from ecos_pl.model_card import card_text
+    from ecos_pl.storage import write_bytes
+
+    text = card_text(
+        summary,
+        teacher=task.teacher,
+        target=f"task.target.{_compression_target(task)}",
+        strategy=config.selection.strategy,
+        classes=scenario.classes,
+    )
+    write_bytes(folder / "CARD.md", text.encode())
 
 
 def _label_rounds(config: Config, folder: Path) -> LabelRounds | None:
@@ -877,7 +1093,12 @@ def _checkpoint(folder: Path) -> str | None:
 
 
 def _delivered(
-    config: Config, scenario: Scenario, teacher: FrozenTeacher | None, folder: Path, timer: Any
+    config: Config,
+    scenario: Scenario,
+    folder: Path,
+    datamodule: Any,
+    teacher: FrozenTeacher | None,
+    timer: Any,
 ) -> L.LightningModule:
     """A new module with the weights of the last checkpoint, averaged ones where there are any.
 
@@ -887,9 +1108,10 @@ def _delivered(
     """
     import torch
 
-    module = _module(config, scenario, teacher)
+    module = _module(config, scenario, folder, datamodule, teacher)
     if (last := _checkpoint(folder)) is not None:
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
+        module.on_load_checkpoint(checkpoint)  # what was pruned has other shapes
         module.load_state_dict(checkpoint["state_dict"])
         if not timer.fit_seconds:  # the fit was in processes that have ended, or in an earlier call
             timer.load_state_dict(checkpoint["callbacks"][timer.state_key])

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.loaders import image_loader, place_of
-from datamodules.proxy import TrainingView, class_shares, client_images, view_workers
+from datamodules.proxy import (
+    LabelledImages,
+    TrainingView,
+    class_shares,
+    client_images,
+    view_workers,
+)
 from datamodules.scenario import Scenario
 from datamodules.transfer import TransferImages
 from datamodules.views import make_view
@@ -63,6 +69,13 @@ class LocalDataModule(L.LightningDataModule):
     def test_dataloader(self) -> Any:
         """The client's test images."""
         return self._loader(client_images(self.scenario, "test", self.view.image_size))
+
+    def plain_images(self, part: str) -> LabelledImages:
+        """Images to ``train`` on, without augmentation; none are ``held_out``."""
+        images = client_images(self.scenario, "train", self.view.image_size)
+        if part == "held_out":
+            images.rows = []
+        return images
 
     def _loader(self, images: Dataset[Any], train: bool = False) -> Any:
         return image_loader(

@@ -296,6 +296,12 @@ class ProxySamplingDataModule(L.LightningDataModule):
             return []
         return self._loader(client_images(self.scenario, "test", self.view.image_size))
 
+    def plain_images(self, part: str) -> LabelledImages:
+        """Images to ``train`` on, or ``held_out``, without augmentation."""
+        result = self._result()
+        rows = self._split(result)[part == "held_out"]
+        return self._labelled(result, rows, "none")
+
     def _labelled_elsewhere(self, result: ProbeResult, ranks: Ranks) -> ProbeResult:
         return result if self.relabeler is None else self.relabeler.apply(result, ranks)
 

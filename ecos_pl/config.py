@@ -27,6 +27,7 @@ from ecos_pl.overrides import (
     Setting,
     check,
     nearest,
+    nested,
     option,
     parse_command_line,
     part,
@@ -36,6 +37,7 @@ from ecos_pl.overrides import (
 __all__ = [
     "ClientPrototypesOptions",
     "CommandLine",
+    "CompressionOptions",
     "Config",
     "ConfigError",
     "CsvOptions",
@@ -52,6 +54,7 @@ __all__ = [
     "PublicLabelsOptions",
     "SelectionOptions",
     "SelfLabelingOptions",
+    "TargetOptions",
     "TrainerOptions",
     "WandbOptions",
     "experiments_in",
@@ -504,6 +507,79 @@ class DistillationOptions(Part):
 
 
 @dataclass
+class TargetOptions:
+    """How small or fast a compressed model must be: at most one of them; none: sparsity=0.75."""
+
+    size_mb: float | None = option(None, "size of model.int8.onnx at most, in 10⁶ bytes", above=0)
+    latency_ms: float | None = option(
+        None,
+        "time of one image in model.int8.onnx at most, in milliseconds: measured on this machine, "
+        "one CPU thread",
+        above=0,
+    )
+    macs: float | None = option(None, "multiply-adds of one image at most, as in 2e7", above=0)
+    sparsity: float | None = option(
+        None, "share of the parameters to remove; 0: quantise only", minimum=0, below=1
+    )
+
+
+@dataclass
+class CompressionOptions(Part):
+    """Prune a trained model on the proxy set, and quantise it to 8 bits; weights not averaged."""
+
+    name: str = "compression"
+    teacher: str = option(
+        REQUIRED, "what is compressed, and followed: the model.safetensors of an earlier run"
+    )
+    weights: str | None = option(
+        None,
+        "another model.safetensors of the teacher's classes to start from, as of one adapted to "
+        "the client; null: the teacher's",
+    )
+    target: TargetOptions = nested(TargetOptions)
+    num_prunings: int = option(3, "steps in which channels are removed", minimum=1)
+    epochs_between: int = option(
+        2, "epochs from one pruning to the next; the first comes at the start", minimum=1
+    )
+    num_importance_images: int = option(
+        512, "proxy images on which the importance of channels is measured", minimum=1
+    )
+    temperature: float = option(4.0, "temperature of the distillation from the teacher", above=0)
+    label_weight: float = option(
+        0.0, "weight of the proxy labels' cross-entropy beside the distillation", minimum=0
+    )
+    calibration: str = option(
+        "best",
+        "how ranges of activations follow from calibration images: all values, or 99.99% of them; "
+        "best: whichever agrees most with the float model on held-out proxy images",
+        choices=("best", "minmax", "percentile"),
+    )
+    num_calibration_images: int = option(
+        256, "proxy images on which the 8-bit model is calibrated", minimum=1
+    )
+    tolerance: float = option(
+        0.01,
+        "share of held-out proxy images on which the 8-bit model may answer otherwise before its "
+        "first and last layer stay in float",
+        minimum=0,
+        maximum=1,
+    )
+    batch_size: int = option(64, "images per step", minimum=1)
+    learning_rate: float = option(1e-3, "highest learning rate", above=0)
+    weight_decay: float = option(1e-2, "decoupled weight decay", minimum=0)
+    augment: str = option(
+        "affine",
+        "crop shifts; affine turns, scales and shears too; …_flip also mirrors, not for digits "
+        "or text",
+        choices=("none", "crop", "crop_flip", "affine", "affine_flip"),
+    )
+    val_fraction: float = option(
+        0.1, "share of the proxy set held out, which chooses the calibration", minimum=0, below=0.5
+    )
+    num_workers: int | None = option(None, _WORKERS, minimum=0)
+
+
+@dataclass
 class TrainerOptions:
     """How it is trained, and on what."""
 
@@ -609,7 +685,7 @@ class Config:
         PublicLabelsOptions,
         NoLabelsOptions,
     )
-    task: Part = part(SelfLabelingOptions, DistillationOptions)
+    task: Part = part(SelfLabelingOptions, DistillationOptions, CompressionOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
     logger: Part = part(CsvOptions, WandbOptions, NoLoggerOptions)
 

@@ -15,6 +15,7 @@ from ecos_pl.overrides import (
     groups_of,
     parts_of,
     type_in_words,
+    types_of,
 )
 
 _USAGE = """\
@@ -48,9 +49,9 @@ def help_text(config_dir: Path) -> str:
 
 
 def _describe(cls: type, prefix: str) -> Iterator[str]:
-    hints = typing.get_type_hints(cls)
+    types = types_of(cls, prefix)
     for key, option_field in fields_of(cls, prefix).items():
-        kind = type_in_words(hints[option_field.name])
+        kind = type_in_words(types[key])
         if choices := option_field.metadata["choices"]:
             kind = " | ".join(choices) + (" | none" if option_field.default is None else "")
         if bounds := bounds_in_words(option_field):

@@ -74,6 +74,11 @@ def part(*parts: type[Part]) -> Any:
     return dataclasses.field(default_factory=parts[0], metadata={"parts": by_name})
 
 
+def nested(cls: type) -> Any:
+    """Declare options that belong together within a part, as in `task.target.macs`."""
+    return dataclasses.field(default_factory=cls, metadata={"nested": cls})
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 
@@ -237,8 +242,24 @@ def _name(key: str) -> str:
 
 def fields_of(cls: type, prefix: str = "") -> dict[str, "dataclasses.Field[Any]"]:
     """Return the options of a dataclass by dotted key, without groups and without `name`."""
-    fields = dataclasses.fields(cls)
-    return {f"{prefix}{f.name}": f for f in fields if "help" in f.metadata}
+    found: dict[str, dataclasses.Field[Any]] = {}
+    for f in dataclasses.fields(cls):
+        if "help" in f.metadata:
+            found[f"{prefix}{f.name}"] = f
+        elif "nested" in f.metadata:
+            found |= fields_of(f.metadata["nested"], f"{prefix}{f.name}.")
+    return found
+
+
+def types_of(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Return the types of the options that `fields_of` returns, by the same keys."""
+    hints, found = typing.get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        if "help" in f.metadata:
+            found[f"{prefix}{f.name}"] = hints[f.name]
+        elif "nested" in f.metadata:
+            found |= types_of(f.metadata["nested"], f"{prefix}{f.name}.")
+    return found
 
 
 def parts_of(field: "dataclasses.Field[Any]") -> dict[str, type[Part]]:
@@ -301,9 +322,9 @@ class Resolver:
         options = {key: (field, self._hints[key]) for key, field in fields_of(self._schema).items()}
         for group in self._groups:
             cls = self._class_of(group)
-            hints = typing.get_type_hints(cls)
+            types = types_of(cls)
             for name, field in fields_of(cls).items():
-                options[f"{group}.{name}"] = field, hints[name]
+                options[f"{group}.{name}"] = field, types[name]
         return options
 
     def _class_of(self, group: str, layer: int = -1) -> type:

@@ -160,6 +160,9 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     for name in ("model", "teacher"):
         if name in summary:
             table.add_row(name, _size_text(summary[name]))
+    if "compression" in summary:
+        for row in _compression_rows(summary["compression"]):
+            table.add_row(*row)
     steps = ", ".join(f"{step} {seconds[step]:.1f}" for step in _STEPS if seconds[step])
     times = f"{steps}, " if steps else ""
     times += f"fit {seconds['fit'] or 0:.1f}, test {seconds['test'] or 0:.1f}"
@@ -170,3 +173,37 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     console = Console(width=min(80, Console().width))
     console.print(table)
     console.print("  * simulation: measured with ground truth that only a benchmark has")
+
+
+def _compression_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    before, after, target = found["teacher"], found["student"], found["target"]
+    missed = target["value"] < target["reached"]
+    if target["name"] == "sparsity":
+        missed = target["value"] > target["reached"]
+    rows = [
+        (
+            "size",
+            f"{before['size_mb']:.2f} → {after['size_mb']:.2f} MB, "
+            f"{found['size_ratio']:.1f}x smaller (int8 ONNX ÷ teacher's float32)",
+        ),
+        (
+            "latency",
+            f"{before['latency_ms']:.2f} → {after['latency_ms']:.2f} ms, "
+            f"{found['latency_ratio']:.1f}x faster (one CPU thread)",
+        ),
+        (
+            "target",
+            f"{target['name']} {target['value']:g}: reached {target['reached']:.4g}"
+            + (" (missed)" if missed else ""),
+        ),
+    ]
+    if found["accuracy_drop"] is not None:
+        rows.insert(
+            0,
+            (
+                "int8 accuracy*",
+                f"{after['accuracy']:.4f}, the teacher's {before['accuracy']:.4f} "
+                f"(drop: {100 * found['accuracy_drop']:.2f} points)",
+            ),
+        )
+    return rows

@@ -44,6 +44,7 @@ PARTS = [
     ["client=mailbox", "client.url=s3://b/x", "client.deadline_hours=0.5"],
     ["task=self_labeling", "task.ema_decay=null", "task.augment=none"],
     ["task=distillation", "labels=none", "task.num_views=8", "task.compile=true"],
+    ["task=compression", "task.teacher=T", "task.target.macs=2e7", "task.weights=W"],
     ["logger=csv"],
     ["logger=wandb", "logger.tags=[a,no]", "logger.entity=me"],
     ["logger=none"],

@@ -82,7 +82,21 @@ def test_files_named_in_the_readme_exist(name):
 def test_options_named_in_the_readme_exist(key):
     from ecos_pl.config_help import help_text
 
-    files = ("csv", "json", "md", "png", "py", "safetensors", "sbatch", "sh", "sqlite", "xml")
-    if key.split(".")[-1] in (*files, "yaml"):
+    files = (
+        "csv",
+        "json",
+        "md",
+        "onnx",
+        "png",
+        "pt2",
+        "py",
+        "safetensors",
+        "sbatch",
+        "sh",
+        "sqlite",
+        "xml",
+        "yaml",
+    )
+    if key.split(".")[-1] in files:
         return
     assert f"  {key}" in help_text(REPOSITORY / "configs"), key

@@ -234,6 +234,7 @@ def test_help_is_quick_to_import():
 def test_every_experiment_file_is_a_valid_config():
     for path in sorted((REPOSITORY / "configs" / "experiment").glob("*.yaml")):
         extra = ["data.pool=a", "data.client=b"] if "folder" in path.read_text() else []
+        extra += ["task.teacher=c"] if "add task.teacher=" in path.read_text() else []
         assert train.main([f"experiment={path.stem}", *extra, "--print-config"]) == 0
 
 

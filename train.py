@@ -7,7 +7,6 @@ Whatever is heavy is imported late, so that --help and mistakes are quick.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -48,6 +47,7 @@ from ecos_pl.config import (
 from ecos_pl.config_help import help_text
 from ecos_pl.labels_awaited import LabelsAwaited
 from ecos_pl.overrides import nearest
+from ecos_pl.run_folder import newest_checkpoint, run_folder
 from ecos_pl.stopping import (
     REQUESTS,
     STATUS,
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from ecos_pl.labeling import Labeler, RoundPlan
     from ecos_pl.mailbox import Mailbox
     from ecos_pl.modules.self_labeling import Method
-    from ecos_pl.pruning_plan import PruningPlan, Target
+    from ecos_pl.pruning_plan import Target
     from ecos_pl.relabeling import Relabeler
     from ecos_pl.remote_mailbox import RemoteMailbox
     from ecos_pl.teacher import FrozenTeacher
@@ -163,7 +163,7 @@ def train(config: Config) -> dict[str, Any]:
 
     _quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
-    folder = _run_folder(config)
+    folder = run_folder(config)
     _check_labels(config)
     scenario = _scenario(config)
     teacher = _teacher(config, scenario)
@@ -179,7 +179,7 @@ def train(config: Config) -> dict[str, Any]:
     metrics = []
     with _children_end_too(trainer):
         _probe_here_if_workers_cannot_tell(trainer, datamodule)
-        trainer.fit(module, datamodule, ckpt_path=_checkpoint(folder), weights_only=True)
+        trainer.fit(module, datamodule, ckpt_path=newest_checkpoint(folder), weights_only=True)
         if not config.trainer.fast_dev_run:
             module = _delivered(config, scenario, folder, datamodule, teacher, timer)
             if rounds:
@@ -205,7 +205,7 @@ def train(config: Config) -> dict[str, Any]:
         **_sizes(module, teacher, scenario, trainer),
     )
     if isinstance(config.task, CompressionOptions):
-        summary["compression"] = _compressed(config, folder, module, datamodule)
+        summary["compression"] = _compressed(config, config.task, folder, module, datamodule)
         if not config.trainer.fast_dev_run:
             _write_card(config, config.task, scenario, folder, summary)
     if trainer.is_global_zero and not config.trainer.fast_dev_run:
@@ -297,7 +297,7 @@ def _view(config: Config) -> TrainingView:
     )
 
 
-def _labeler(config: Config, scenario: Scenario) -> Labeler:
+def _labeler(config: Config, scenario: Scenario, folder: Path) -> Labeler:
     from ecos_pl.human_labeler import HumanLabeler
     from ecos_pl.labeling import NoLabels, PublicLabeler
     from ecos_pl.prototype_labeler import PrototypeLabeler
@@ -311,7 +311,7 @@ def _labeler(config: Config, scenario: Scenario) -> Labeler:
             num_views=config.labels.num_views,
             noise_multiplier=config.labels.noise_multiplier,
             features=config.labels.features,
-            rounds=_rounds(config),
+            rounds=_rounds(config, folder),
         )
     if isinstance(config.labels, ClientTableOptions):
         return TableLabeler(
@@ -363,15 +363,14 @@ def _relabeler(config: Config, scenario: Scenario, folder: Path) -> Relabeler | 
         ),
         seed=config.seed,
         returned=Path(labels.returned) if labels.returned else None,
-        training_began=_checkpoint(folder) is not None,
+        training_began=newest_checkpoint(folder) is not None,
         is_trial=config.trainer.fast_dev_run,
     )
 
 
-def _rounds(config: Config) -> RoundPlan | None:
-    """Further rounds of labels; the fingerprint of the training makes them that training's own."""
+def _rounds(config: Config, folder: Path) -> RoundPlan | None:
+    """Further rounds of labels; the run's name makes them its own."""
     from ecos_pl.labeling import RoundPlan
-    from ecos_pl.storage import fingerprint_of
 
     options, task = config.labels, config.task
     assert isinstance(options, ClientPrototypesOptions)
@@ -389,10 +388,8 @@ def _rounds(config: Config) -> RoundPlan | None:
             f"labels.rounds={options.rounds} is not over before the training is "
             f"(trainer.max_epochs={config.trainer.max_epochs})"
         )
-    values = to_dict(config)
-    training = fingerprint_of([values[key] for key in ("task", "trainer", "seed")])
     return RoundPlan(
-        tuple(options.rounds), options.round_num_dims, options.round_features, training
+        tuple(options.rounds), options.round_num_dims, options.round_features, run=folder.name
     )
 
 
@@ -479,7 +476,7 @@ def _datamodule(
     return ProxySamplingDataModule(
         scenario,
         plan,
-        _labeler(config, scenario),
+        _labeler(config, scenario, folder),
         _view(config),
         relabeler=_relabeler(config, scenario, folder),
         run_root=Path(config.run_root),
@@ -659,6 +656,7 @@ def _compression_module(
     config: Config, task: CompressionOptions, scenario: Scenario, folder: Path, datamodule: Any
 ) -> L.LightningModule:
     from datamodules.plain_images import plain_batches
+    from ecos_pl.compression_run import kept_plan
     from ecos_pl.extras import require
     from ecos_pl.modules.compression import CompressionModule
 
@@ -675,7 +673,10 @@ def _compression_module(
             f"task.weights: that model sees {student.image_size} px, the teacher "
             f"{teacher.image_size}"
         )
-    plan = _pruning_plan(config, task, student, folder)
+    files = {key: _compression_file(task, key) for key in ("teacher", "weights")}
+    plan = kept_plan(
+        None if config.trainer.fast_dev_run else folder, student, _compression_target(task), files
+    )
     last = (task.num_prunings - 1) * task.epochs_between if plan.keep < 1 else -1
     if not config.trainer.fast_dev_run and -1 < config.trainer.max_epochs <= last:
         raise ConfigError(
@@ -712,91 +713,28 @@ def _compression_target(task: CompressionOptions) -> Target:
     return Target(*next(iter(given.items()), ("sparsity", 0.75)))
 
 
-def _pruning_plan(
-    config: Config, task: CompressionOptions, student: Classifier, folder: Path
-) -> PruningPlan:
-    """How much is pruned: found once, then read, since a latency measured again is another one."""
-    from ecos_pl.progress import progress_bar
-    from ecos_pl.pruning_plan import PruningPlan, plan_pruning
-    from ecos_pl.storage import read_json, write_json
-
-    path, target = folder / "pruning_plan.json", _compression_target(task)
-    made_of = {
-        key: hashlib.sha256(_compression_file(task, key).read_bytes()).hexdigest()
-        for key in ("teacher", "weights")
-    }
-    if path.is_file():
-        known = read_json(path)
-        for key, digest in made_of.items():
-            if known[key] != digest:
-                raise ConfigError(
-                    f"{_compression_file(task, key)} is not the file that {folder} began with: "
-                    "choose another run_id, or remove that folder"
-                )
-        return PruningPlan(known["keep"], known["expected"])
-    with progress_bar("looking for the widths that meet the target", None, "models") as done:
-        plan = plan_pruning(student, target, done)
-    if not config.trainer.fast_dev_run:
-        write_json(path, {**made_of, "target": str(target), **asdict(plan)})
-    return plan
-
-
-def _compressed(config: Config, folder: Path, module: Any, datamodule: Any) -> dict[str, Any]:
+def _compressed(
+    config: Config, task: CompressionOptions, folder: Path, module: Any, datamodule: Any
+) -> dict[str, Any]:
     """Write the compressed model's files, unless they are there; on a dry run, forget them."""
-    import tempfile
-
     from datamodules.plain_images import calibration_images
-    from ecos_pl.compressed_files import FILES, write_files
-    from ecos_pl.model_size import parameter_count
-    from ecos_pl.quantization import METHODS
-    from ecos_pl.storage import fingerprint_of, read_json, write_json
+    from ecos_pl.compression_run import Calibration, compressed
 
-    task, teacher, path = config.task, module.teacher, folder / "compression.json"
-    assert isinstance(task, CompressionOptions)
     if module.num_pruned < module.num_prunings:
         raise ConfigError(
             f"training ended after {module.num_pruned} of {module.num_prunings} prunings, short of "
             "task.target; its checkpoint stays: allow more steps, or fewer task.num_prunings"
         )
-    how = [task.calibration, task.num_calibration_images, task.tolerance]
-    made_of = fingerprint_of([how, _weights_hash(module.model), _weights_hash(teacher)])
-    if path.is_file() and all((folder / name).is_file() for name in FILES):
-        known = read_json(path)
-        if known["made_of"] == made_of:
-            done: dict[str, Any] = known["found"]
-            return done
-    calibration, held_out = calibration_images(
-        datamodule, task.num_calibration_images, seed=config.seed
+    return compressed(
+        None if config.trainer.fast_dev_run else folder,
+        module.model,
+        module.teacher,
+        before=_compression_model(task, "weights"),
+        target=_compression_target(task),
+        how=Calibration(task.calibration, task.num_calibration_images, task.tolerance),
+        images=partial(calibration_images, datamodule, seed=config.seed),
+        test_batches=datamodule.test_dataloader,
     )
-    with contextlib.ExitStack() as stack:
-        if config.trainer.fast_dev_run:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        found = write_files(
-            folder,
-            module.model,
-            teacher,
-            calibration=calibration,
-            held_out=held_out,
-            methods=METHODS if task.calibration == "best" else [task.calibration],
-            tolerance=task.tolerance,
-            test_batches=datamodule.test_dataloader,
-        )
-    target = _compression_target(task)
-    before = parameter_count(_compression_model(task, "weights").net)
-    reached = {**found["student"], "sparsity": 1 - found["student"]["parameters"] / before}
-    asked = {"name": target.name, "value": target.value, "reached": reached[target.name]}
-    found = {"target": asked, **found}
-    if not config.trainer.fast_dev_run:
-        write_json(path, {"made_of": made_of, "found": found})
-    return found
-
-
-def _weights_hash(model: Classifier) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.net.state_dict().items():
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _write_card(
@@ -1033,63 +971,7 @@ def _lost_process(error: Exception) -> str:
     return ""
 
 
-# --- the run folder ------------------------------------------------------------------------------
-
-
-def _run_folder(config: Config) -> Path:
-    """Make the run's folder and write its config, or check that the one there is the same."""
-    from ecos_pl.storage import fingerprint_of, write_bytes
-
-    same_run = {k: v for k, v in to_dict(config).items() if k not in _NOT_THE_RUN}
-    for key in _ABOUT_THE_JOB:
-        same_run["labels"].pop(key, None)
-    what = config.selection.strategy if config.train_on == "proxy_set" else "local"
-    name = f"{config.data.name}-{what}-seed{config.seed}-{fingerprint_of(same_run)[:8]}"
-    folder = Path(config.run_root) / (config.run_id or name)
-    text = to_yaml(config)
-    path = folder / "config.yaml"
-    if path.is_file() and _differs(path.read_text(), text):
-        raise ConfigError(
-            f"{folder} holds a run with another config ({_differs(path.read_text(), text)}); "
-            "choose another run_id, or remove that folder"
-        )
-    if not config.trainer.fast_dev_run and is_first_process():
-        write_bytes(path, text.encode())
-    return folder
-
-
-_NOT_THE_RUN = ("run_id", "run_root", "experiment")  # where and whence, not what
-_ABOUT_THE_JOB = ("annotators", "price_per_label", "returned")  # of labels: same job, same run
-_MAY_CHANGE = (
-    *_NOT_THE_RUN,
-    *_ABOUT_THE_JOB,
-    "max_epochs",
-    "enable_progress_bar",
-    "num_workers",
-    "devices",
-    "num_nodes",
-    "timeout_minutes",
-    "deliver",
-)
-
-
-def _differs(old: str, new: str) -> str:
-    """First line in which two config files differ; empty if a run may go on with the new one."""
-    for old_line, new_line in zip(old.splitlines(), new.splitlines(), strict=False):
-        key = new_line.strip().partition(":")[0]
-        if old_line != new_line and key not in _MAY_CHANGE:
-            return f"{old_line.strip()} there, {new_line.strip()} here"
-    return ""
-
-
-def _checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint to resume from: of the last epoch, or of the last stop."""
-    found = [
-        path
-        for pattern in ("hpc_ckpt_*.ckpt", "checkpoints/last*.ckpt", "checkpoints/stopped.ckpt")
-        for path in folder.glob(pattern)
-    ]
-    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
+# --- what is delivered ---------------------------------------------------------------------------
 
 
 def _delivered(
@@ -1109,7 +991,7 @@ def _delivered(
     import torch
 
     module = _module(config, scenario, folder, datamodule, teacher)
-    if (last := _checkpoint(folder)) is not None:
+    if (last := newest_checkpoint(folder)) is not None:
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
         module.on_load_checkpoint(checkpoint)  # what was pruned has other shapes
         module.load_state_dict(checkpoint["state_dict"])

@@ -80,14 +80,14 @@ class RoundPlan:
         epochs: Before which epochs of the training the client is asked again.
         num_dims: Dimensions of the adapted space in which it is asked; None for as many as before.
         features: Of the adapted backbone (`encoder.FEATURES`).
-        training: Fingerprint of the training that adapts the backbone: another one asks about
-            another space, and is another probe.
+        run: Name of the run whose training adapts the backbone: another one asks about another
+            space, and is another probe.
     """
 
     epochs: tuple[int, ...]
     num_dims: int | None = None
     features: str = "grid"
-    training: str = ""
+    run: str = ""
 
 
 class Labeler(Protocol):

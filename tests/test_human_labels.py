@@ -13,6 +13,7 @@ from test_train import SMALL
 
 import train
 from ecos_pl.proxy_set import ProxySet
+from ecos_pl.run_folder import run_folder
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_unlabelled_images_are_learned_from_with_people_unless_told_otherwise():
 def test_what_is_about_the_job_alone_leaves_the_run_its_name(tmp_path):
     def name(*overrides):
         argv = ["labels=human", f"run_root={tmp_path}", *overrides]
-        return train._run_folder(train.load_config(argv, config_dir=train.CONFIG_DIR)).name
+        return run_folder(train.load_config(argv, config_dir=train.CONFIG_DIR)).name
 
     assert name() == name(
         "labels.returned=x.csv", "labels.annotators=3", "labels.price_per_label=1"

@@ -97,18 +97,31 @@ def test_the_backbone_is_the_averaged_one_without_its_head(job, tmp_path):
 @pytest.mark.parametrize("stops", [[1], [2], [3], [4], [2, 0, 0]])
 def test_a_training_stopped_around_a_round_goes_on_as_if_it_had_not(job, tmp_path, stops, ledger):
     """In the epoch before, in its last batch, in the first batch after the round, later."""
-    _, wanted, _ = job("whole", base=ROUNDS)
+    other = [f"run_root={tmp_path / 'other'}", f"probe.cache_dir={tmp_path / 'cache'}"]
+    _, wanted, _ = job("run", base=ROUNDS)
     seen = []
     for stop in stops:
-        status, part, _ = job("stopped", base=ROUNDS, stop_at=[stop])
+        status, part, _ = job("run", *other, base=ROUNDS, stop_at=[stop])
         assert status == 143
         seen += part
-    status, part, err = job("stopped", base=ROUNDS)
+    status, part, err = job("run", *other, base=ROUNDS)
     assert (status, err) == (0, "")
     assert seen + part == wanted
-    assert delivered(tmp_path / "stopped") == delivered(tmp_path / "whole")
-    assert summary(tmp_path / "stopped")["simulation"] == summary(tmp_path / "whole")["simulation"]
-    assert len(ledger().entries()) == 3  # the same training of the same probe: one client
+    folders = tmp_path / "run", tmp_path / "other" / "run"
+    assert delivered(folders[0]) == delivered(folders[1])
+    assert summary(folders[0])["simulation"] == summary(folders[1])["simulation"]
+    # The same questions: the answers of the first run were found in the cache.
+    assert not (tmp_path / "other" / "clients").exists()
+    assert len(ledger().entries()) == 3
+
+
+def test_a_run_is_prolonged_without_another_question(job, tmp_path, ledger):
+    job("run", base=ROUNDS)
+    status, seen, err = job("run", "trainer.max_epochs=3", base=ROUNDS)
+    assert (status, err) == (0, "")
+    assert {epoch for epoch, _, _ in seen} == {2}
+    assert len(summary(tmp_path / "run")["rounds"]) == 1
+    assert len(ledger().entries()) == 3
 
 
 @pytest.mark.parametrize(

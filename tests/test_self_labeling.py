@@ -14,6 +14,7 @@ import train
 from ecos_pl.classifier import Classifier
 from ecos_pl.modules.compiling import compile_in_place
 from ecos_pl.modules.self_labeling import SelfLabelingModule
+from ecos_pl.run_folder import newest_checkpoint
 
 SMALL = [
     "encoder.name=test_efficientnet",
@@ -79,7 +80,7 @@ def job(image_tree, cache, tmp_path, monkeypatch, capsys):
 
 
 def newest(folder):
-    return torch.load(train._checkpoint(folder), weights_only=True)
+    return torch.load(newest_checkpoint(folder), weights_only=True)
 
 
 @pytest.mark.parametrize(

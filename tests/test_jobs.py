@@ -22,8 +22,8 @@ from rank_processes import run_ranks
 
 import train
 from datamodules.proxy import ProxySamplingDataModule
+from ecos_pl import run_folder
 from ecos_pl.config import load_config
-from ecos_pl.run_folder import newest_checkpoint
 from ecos_pl.stopping import is_first_process
 
 ROOT = Path(train.__file__).parent
@@ -227,7 +227,7 @@ def test_validation_says_the_same_on_any_number_of_devices(tmp_path):
 
 
 def newest_checkpoint(folder):
-    return torch.load(newest_checkpoint(folder), weights_only=True)
+    return torch.load(run_folder.newest_checkpoint(folder), weights_only=True)
 
 
 def wait_for(path, jobs, timeout_s=120):

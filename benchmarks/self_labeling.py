@@ -18,6 +18,12 @@ from tables import DATA, looked_up, mean_and_std, print_table, run_summary
 _AS_MANY_STEPS = "trainer.max_steps=126"  # 21 batches a pass over 1,350 images, 6 passes
 LINES = {
     "ecos": ("ECOS, labels from the client", []),
+    "rounds": ("ECOS, labels from the client in two rounds", ["labels.rounds=[3]"]),
+    "rounds_2": (
+        "ECOS, labels in two rounds, ε = 2",
+        ["labels.rounds=[3]", "privacy.max_epsilon=2"],
+    ),
+    "ecos_2": ("ECOS, labels in one release, ε = 2", ["privacy.max_epsilon=2"]),
     "random": ("random set, labels from the client", ["selection.strategy=random"]),
     "whole_pool": (
         "the whole pool, labels from the client",

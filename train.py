@@ -79,7 +79,6 @@ log = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
 CONFIG_DIR = HERE / "configs"
-_DELIVERED = ("model.safetensors",)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -1000,9 +999,7 @@ def _delivered(
     return module
 
 
-def _deliver(
-    config: Config, folder: Path, summary: dict[str, Any], files: Sequence[str] = _DELIVERED
-) -> bool:
+def _deliver(config: Config, folder: Path, summary: dict[str, Any]) -> bool:
     """Leave files of the run in the client's mailbox, each once; whether there was any to leave."""
     options = config.client
     if not isinstance(options, MailboxOptions) or not options.deliver:
@@ -1011,7 +1008,9 @@ def _deliver(
     from ecos_pl.message_store import MailboxError
     from ecos_pl.summary import add_delivery
 
-    mailbox = _remote_mailbox(options)
+    mailbox, files = _remote_mailbox(options), ["model.safetensors"]
+    if isinstance(config.task, CompressionOptions):
+        files.append("model.int8.onnx")
     for file in files:
         try:
             content = (folder / file).read_bytes()

@@ -136,7 +136,7 @@ def test_a_run_stopped_after_a_pruning_goes_on_as_if_it_had_not(
         (["trainer.max_epochs=1"], "ends before the last pruning"),
         (["trainer.max_steps=1"], "training ended after 1 of 2 prunings"),
         (["trainer.devices=2"], "trains on one device"),
-        (["task.target.size=1"], "did you mean task.target.size_mb"),
+        (["task.target.size_md=1"], "did you mean task.target.size_mb"),
         (["task.ema_decay=0.9"], "is an option of task=self_labeling"),
     ],
 )
@@ -156,7 +156,8 @@ def test_a_teacher_of_other_classes_or_size_is_refused(compress, tmp_path):
     assert "task.teacher: that model tells cat, dog apart, the client horizontal, vertical" in err
     save_model(tmp_path / "teacher.safetensors", classifier())
     save_model(tmp_path / "other.safetensors", classifier(size=64))
-    status, _, _, err = compress(f"task.weights={tmp_path}/other.safetensors")
+    other = f"task.weights={tmp_path}/other.safetensors"
+    status, _, _, err = compress(other, "run_id=other")
     assert (status, err.count("\n")) == (2, 1)
     assert "task.weights: that model sees 64 px, the teacher 32" in err
 

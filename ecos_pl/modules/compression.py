@@ -178,6 +178,7 @@ class CompressionModule(L.LightningModule):
         state = checkpoint["state_dict"]
         shapes = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         fit_shapes(self.model.net, shapes)
+        self.model.net.to(memory_format=torch.channels_last)  # the same kernels, the same rounding
         self.num_pruned = int(checkpoint[KEY])
 
 

@@ -297,7 +297,6 @@ def _view(config: Config) -> TrainingView:
 
 
 def _labeler(config: Config, scenario: Scenario, folder: Path) -> Labeler:
-    from ecos_pl.human_labeler import HumanLabeler
     from ecos_pl.labeling import NoLabels, PublicLabeler
     from ecos_pl.prototype_labeler import PrototypeLabeler
     from ecos_pl.table_labeler import TableLabeler
@@ -331,10 +330,8 @@ def _labeler(config: Config, scenario: Scenario, folder: Path) -> Labeler:
             num_views=config.labels.num_views,
             features=config.labels.features,
         )
-    if isinstance(config.labels, HumanLabelsOptions):
-        return HumanLabeler(scenario.classes)
-    if isinstance(config.labels, NoLabelsOptions):
-        return NoLabels(scenario.classes)
+    if isinstance(config.labels, (HumanLabelsOptions, NoLabelsOptions)):
+        return NoLabels(scenario.classes, name=config.labels.name)
     assert isinstance(config.labels, PublicLabelsOptions)
     return PublicLabeler(scenario.classes)
 

@@ -165,13 +165,21 @@ class PublicLabeler:
 
 
 class NoLabels:
-    """Nobody labels: for a student who follows a teacher. The coverage counts alone spend ε."""
+    """Nobody labels while the probe runs. The coverage counts alone spend ε.
 
-    name = "none"
+    For a student who follows a teacher; or for people, whose labels come later
+    (`outsourced_labels.py`) and change nothing of what was asked and chosen.
+
+    Args:
+        classes: Names of the client's classes.
+        name: As in ``labels=NAME``.
+    """
+
     features = "final"
+    rounds = None
 
-    def __init__(self, classes: Sequence[str]) -> None:
-        self.classes = list(classes)
+    def __init__(self, classes: Sequence[str], *, name: str = "none") -> None:
+        self.classes, self.name = list(classes), name
 
     def facts(self) -> dict[str, Any]:
         """See `Labeler`."""

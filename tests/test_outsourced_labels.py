@@ -17,8 +17,7 @@ from datamodules.folder import folder_data
 from datamodules.proxy import ProxySamplingDataModule, TrainingView
 from ecos_pl.annotation_job import JobTerms
 from ecos_pl.encoder import EncoderSpec
-from ecos_pl.human_labeler import HumanLabeler
-from ecos_pl.labeling import PublicLabeler
+from ecos_pl.labeling import NoLabels, PublicLabeler
 from ecos_pl.labels_awaited import LabelsAwaited
 from ecos_pl.outsourced_labels import OutsourcedLabels
 from ecos_pl.probe import ProbePlan
@@ -63,7 +62,7 @@ def make(scenario, root, labeler, relabeler=None):
 
 @pytest.fixture(scope="module")
 def result(scenario, root):
-    return make(scenario, root, HumanLabeler(scenario.classes)).probe_result
+    return make(scenario, root, NoLabels(scenario.classes, name="human")).probe_result
 
 
 @pytest.fixture

@@ -692,6 +692,7 @@ def _compression_module(
         label_weight=task.label_weight,
         learning_rate=task.learning_rate,
         weight_decay=task.weight_decay,
+        compiled=task.compile,
     )
 
 

@@ -577,6 +577,7 @@ class CompressionOptions(Part):
         0.1, "share of the proxy set held out, which chooses the calibration", minimum=0, below=0.5
     )
     num_workers: int | None = option(None, _WORKERS, minimum=0)
+    compile: bool = option(False, "run the model through torch.compile where the device can")
 
 
 @dataclass

@@ -195,6 +195,19 @@ def test_fast_dev_run_tries_everything_and_leaves_no_file(compress, tmp_path):
 
 
 @pytest.mark.slow
+def test_compiled_it_is_still_pruned(compress, monkeypatch):
+    """Traced anew after every pruning; without code generation, which takes minutes on a CPU."""
+    monkeypatch.setattr(
+        "ecos_pl.modules.compression.compile_in_place",
+        lambda model, device: model.compile(backend="eager"),
+    )
+    status, summary, _, err = compress("task.compile=true")
+    assert status == 0, err
+    found = summary["compression"]
+    assert found["student"]["parameters"] < 0.5 * found["teacher"]["parameters"]
+
+
+@pytest.mark.slow
 def test_bf16_and_a_compressed_model_as_the_start(compress, tmp_path):
     assert compress("trainer.precision=bf16-mixed")[0] == 0
     first = tmp_path / "run" / "model.safetensors"

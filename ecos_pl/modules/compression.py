@@ -13,6 +13,7 @@ from torch import Tensor
 from ecos_pl.channels import fit_shapes
 from ecos_pl.classifier import Classifier
 from ecos_pl.losses import distillation, soft_cross_entropy
+from ecos_pl.modules.compiling import compile_in_place
 from ecos_pl.modules.optimization import adamw_one_cycle, decayed_weights
 from ecos_pl.modules.scores import Scores
 from ecos_pl.pruning import channel_groups, narrowed, prune, typical_gradients
@@ -43,6 +44,8 @@ class CompressionModule(L.LightningModule):
         label_weight: Of the proxy labels' cross-entropy beside the distillation.
         learning_rate: At the peak of the cycle (``optimization.adamw_one_cycle``).
         weight_decay: Of AdamW, on weight matrices and kernels only.
+        compiled: Run the model through ``torch.compile`` where the device can; after every pruning
+            anew.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class CompressionModule(L.LightningModule):
         label_weight: float = 0.0,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if model.classes != teacher.classes or model.image_size != teacher.image_size:
@@ -68,7 +72,7 @@ class CompressionModule(L.LightningModule):
         self.epochs_between, self.measured_on = epochs_between, measured_on
         self.temperature, self.label_weight = temperature, label_weight
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.decayed = decayed_weights(self)
+        self.decayed, self.compiled = decayed_weights(self), compiled
         self.full = channel_groups(model) if keep < 1 else {}
         self.num_pruned = 0
 
@@ -85,8 +89,10 @@ class CompressionModule(L.LightningModule):
     # --- pruning -------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """The teacher goes where the model is."""
+        """The teacher goes where the model is; compile, now that the device is known."""
         self.teacher.to(self.device)
+        if self.compiled:
+            compile_in_place(self.model, self.device)
 
     def on_train_epoch_start(self) -> None:
         """Prune if this epoch is due for it."""

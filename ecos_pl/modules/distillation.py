@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ecos_pl.classifier import Classifier
 from ecos_pl.losses import distillation, feature_distillation, soft_cross_entropy
+from ecos_pl.modules.compiling import can_compile
 from ecos_pl.modules.optimization import adamw_one_cycle, decayed_weights
 from ecos_pl.modules.scores import Scores
 from ecos_pl.teacher import FrozenTeacher, resized
@@ -70,7 +71,7 @@ class DistillationModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Bring the teacher to the device, in whatever process this is."""
         self.teacher.to(self.device)
-        if self.compiled:
+        if self.compiled and can_compile(self.device):
             self._training_pass = torch.compile(self._student)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -24,6 +24,11 @@ LINES = {
         ["labels.rounds=[3]", "privacy.max_epsilon=2"],
     ),
     "ecos_2": ("ECOS, labels in one release, ε = 2", ["privacy.max_epsilon=2"]),
+    "final": ("ECOS, one release in the last layer's features", ["labels.features=final"]),
+    "final_rounds": (
+        "the same in two rounds",
+        ["labels.features=final", "labels.rounds=[3]", "labels.round_features=final"],
+    ),
     "random": ("random set, labels from the client", ["selection.strategy=random"]),
     "whole_pool": (
         "the whole pool, labels from the client",

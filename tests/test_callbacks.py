@@ -75,6 +75,7 @@ def make_result(num_clusters: int = 5, *, asked: bool = True) -> ProbeResult:
         noisy_counts=counts if asked else None,
         cluster_sizes=sizes,
         selection=Selection(indices, quotas, kept, 6.5 if asked else 0.0, 2, 1),
+        releases=[],
         privacy={
             "epsilon": 1.5,
             "delta": 1e-5,
@@ -82,6 +83,7 @@ def make_result(num_clusters: int = 5, *, asked: bool = True) -> ProbeResult:
             "unit": "sample",
             "accountant": "PLD",
         },
+        spent_now=1.5,
         communication={"bytes_down": 700, "bytes_up": 90, "round_trips": int(asked)},
         seconds={"embed": 3.0, "cluster": 2.0, "ask": 1.0, "select": 0.1, "label": 0.2},
         num_unreadable=1,

@@ -21,9 +21,9 @@ from job_processes import nursery_in
 from rank_processes import run_ranks
 
 import train
-from datamodules.proxy import ProxySamplingDataModule
 from ecos_pl import run_folder
 from ecos_pl.config import load_config
+from ecos_pl.probe import Probe
 from ecos_pl.stopping import is_first_process
 
 ROOT = Path(train.__file__).parent
@@ -303,7 +303,7 @@ def test_slurms_signal_requeues_the_job_in_the_probe(job, cluster, tmp_path, mon
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(60)  # waits for a client
 
-    monkeypatch.setattr(ProxySamplingDataModule, "_probe", signalled)
+    monkeypatch.setattr(Probe, "run", signalled)
     status, seen, err = job("run", base=PROBE)
     assert (status, seen) == (143, [])
     assert err.count("\n") == 1

@@ -219,6 +219,10 @@ class ProxySamplingDataModule(L.LightningDataModule):
         self.rounds: list[dict[str, Any]] = []
         self._labels: _Labels | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Processes that are started afresh open their own way to the client.
+        return {name: value for name, value in self.__dict__.items() if name != "_probe"}
+
     def prepare_data(self) -> None:
         """Open the pool: listing or indexing a large one takes long, and is for one rank to do."""
         len(self.scenario.pool)

@@ -32,7 +32,7 @@ def attempt(run, delay_s, with_signal):
                 str(folder / "box"), sender="cloud", poll_s=0.05, max_poll_s=0.05
             )
             probe = make_probe(run)
-            probe._mailbox_for = lambda fingerprint: mailbox
+            probe._conversation._mailbox_for = lambda fingerprint: mailbox
             probe.run()
             status = 0
         except BaseException:

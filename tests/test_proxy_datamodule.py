@@ -1,3 +1,5 @@
+import pickle
+
 import lightning as L
 import pytest
 import torch
@@ -47,6 +49,15 @@ def test_setup_runs_the_probe_once_for_all_stages(scenario, tmp_path):
     assert again.probe_result.from_disk
     assert again.simulation == datamodule.simulation
     assert datamodule.simulation["random_purity"] == pytest.approx(100 / 261)
+
+
+def test_a_process_that_is_started_afresh_gets_what_was_found(scenario, tmp_path):
+    datamodule = make(scenario, tmp_path)
+    datamodule.setup("fit")
+    there = pickle.loads(pickle.dumps(datamodule))
+    assert torch.equal(there.probe_result.indices, datamodule.probe_result.indices)
+    ours, theirs = (next(iter(one.train_dataloader()))[1] for one in (datamodule, there))
+    assert torch.equal(ours, theirs)
 
 
 def test_held_out_and_training_images_are_disjoint_and_all_labelled(scenario, tmp_path):

@@ -746,7 +746,7 @@ def _write_card(
 
     text = card_text(
         summary,
-        teacher=task.teacher,
+        teacher="/".join(Path(task.teacher).parts[-2:]),  # the card may travel: no path of here
         target=f"task.target.{_compression_target(task)}",
         strategy=config.selection.strategy,
         classes=scenario.classes,

@@ -28,6 +28,7 @@ scores = model(images)
 `model.safetensors` (this project):
 
 ```python
+from pathlib import Path
 from ecos_pl.model_file import load_model
 model = load_model(Path("model.safetensors"))
 scores = model(images)

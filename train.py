@@ -809,7 +809,7 @@ def _trainer(
     if options["enable_progress_bar"]:
         callbacks.append(RichProgressBar(leave=True))
     timeout_minutes = options.pop("timeout_minutes")
-    _check_strategy(config.trainer.strategy, averages)
+    _check_strategy(config.trainer.strategy, averages, getattr(config.labels, "rounds", []))
     try:
         trainer = L.Trainer(
             default_root_dir=folder,
@@ -832,7 +832,7 @@ def _trainer(
     return trainer, timer
 
 
-def _check_strategy(name: str, averages: bool) -> None:
+def _check_strategy(name: str, averages: bool, rounds: Sequence[int]) -> None:
     from lightning.pytorch.strategies import StrategyRegistry
 
     there = [one for one in StrategyRegistry.available_strategies() if not _is_for_tpus(one)]
@@ -841,7 +841,13 @@ def _check_strategy(name: str, averages: bool) -> None:
         raise ConfigError(
             f"trainer.strategy={name} is no strategy{nearest(name, valid)} (there are: {listed})"
         )
-    if averages and name.startswith(("fsdp", "deepspeed")):
+    shares = name.startswith(("fsdp", "deepspeed"))
+    if shares and rounds:
+        raise ConfigError(
+            f"trainer.strategy={name} shares the weights out, so that no process can hand over the "
+            "backbone: leave out labels.rounds"
+        )
+    if shares and averages:
         raise ConfigError(
             f"trainer.strategy={name} shares the weights out, so that no process can average them: "
             "add task.ema_decay=null"

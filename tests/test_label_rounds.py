@@ -184,6 +184,7 @@ def test_two_processes_do_one_round_together(data, tmp_path, ledger):
         (["labels.rounds=[0]"], "a list of epochs above 0, ascending"),
         (["labels.rounds=[a]"], "must be a list of whole numbers"),
         (["task.backbone=mobilenetv3_small_050"], "task.backbone must be it"),
+        (["trainer.strategy=fsdp"], "leave out labels.rounds"),
         (["train_on=client"], "goes with task=self_labeling on the proxy set"),
     ],
 )

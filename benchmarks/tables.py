@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
+TORCHVISION = os.environ.get("TORCHVISION_DATA", HERE.parent / "shared" / "data")
 DATA = {
     "mixed_digits": ["data=mixed_digits"],
-    "mnist_fashion": ["data=mnist_fashion", f"data.root={HERE.parent / 'shared' / 'data'}"],
+    "mnist_fashion": ["data=mnist_fashion", f"data.root={TORCHVISION}"],
 }
-"""The data families that the scenarios are shown on, as settings of train.py."""
+"""The data families that the scenarios are shown on, as settings of train.py; the folder that holds
+torchvision's MNIST and FashionMNIST is ``TORCHVISION_DATA`` in the environment."""
 
 Summary = Mapping[str, Any]
 

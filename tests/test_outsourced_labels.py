@@ -16,23 +16,13 @@ from rank_processes import run_ranks
 from datamodules.folder import folder_data
 from datamodules.proxy import ProxySamplingDataModule, TrainingView
 from ecos_pl.annotation_job import JobTerms
-from ecos_pl.encoder import EncoderSpec
 from ecos_pl.labeling import NoLabels, PublicLabeler
 from ecos_pl.labels_awaited import LabelsAwaited
 from ecos_pl.outsourced_labels import OutsourcedLabels
-from ecos_pl.probe import ProbePlan
 from ecos_pl.ranks import ALONE
 from ecos_pl.relabeling import FirstLabels
+from tests.test_proxy_datamodule import PLAN
 
-PLAN = ProbePlan(
-    encoder=EncoderSpec("mobilenetv3_small_050", "random", 32),
-    num_clusters=8,
-    num_dims=8,
-    size=60,
-    duplicate_distance=0.0,
-    noise_std=1.0,
-    max_epsilon=9.0,
-)
 TERMS = JobTerms(batch_size=8)
 
 

@@ -62,9 +62,21 @@ def test_scripts_for_clusters_exist(script):
     assert (REPOSITORY / script).is_file()
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((docs/[\w.]+)\)", README))))
-def test_pages_linked_to_exist(target):
-    assert (REPOSITORY / target).is_file()
+def _links():
+    for page in [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                yield page.relative_to(REPOSITORY).as_posix(), target
+
+
+@pytest.mark.parametrize(("page", "target"), sorted(set(_links())))
+def test_pages_and_sections_linked_to_exist(page, target):
+    path, _, section = target.partition("#")
+    file = (REPOSITORY / page).parent / path if path else REPOSITORY / page
+    assert file.exists()
+    if section:
+        titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert section in {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in titles}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
@@ -94,6 +106,7 @@ def test_options_named_in_the_readme_exist(key):
         "sbatch",
         "sh",
         "sqlite",
+        "toml",
         "xml",
         "yaml",
     )

@@ -96,7 +96,7 @@ def write_figure(found: Found, form: FigureForm, over: Sequence[str], folder: Pa
     for axes, (fact, lines) in zip(all_axes[0], panels.items(), strict=True):
         for number, name in enumerate(names):
             if name in lines:
-                _draw(axes, lines[name], name, number, places, is_words)
+                _draw(axes, lines[name], name, (number, len(names)), places, is_words)
         _dress(axes, fact, form, places, is_words)
     handles: dict[str, Any] = {}
     for axes in all_axes[0]:
@@ -108,6 +108,7 @@ def write_figure(found: Found, form: FigureForm, over: Sequence[str], folder: Pa
             ordered,
             loc="outside lower center",
             ncols=min(len(ordered), 2 * len(panels)),
+            title=NAMES.get(form.lines) if as_number(ordered[0]) is not None else None,
             frameon=False,
         )
     path = folder / f"{form.name}.png"
@@ -119,8 +120,14 @@ def write_figure(found: Found, form: FigureForm, over: Sequence[str], folder: Pa
 
 
 def _draw(
-    axes: Any, line: Line, name: str, number: int, places: Mapping[str, float], is_words: bool
+    axes: Any,
+    line: Line,
+    name: str,
+    number_of: tuple[int, int],
+    places: Mapping[str, float],
+    is_words: bool,
 ) -> None:
+    number, num_lines = number_of
     color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
     if line.level:
         mean = statistics.mean(line.level)
@@ -136,7 +143,8 @@ def _draw(
     means = [statistics.mean(line.points[label]) for label in labels]
     spreads = [_spread(line.points[label]) for label in labels]
     style = {"color": color, "marker": marker, "markersize": 5, "capsize": 3, "elinewidth": 1}
-    if is_words:
+    if is_words:  # side by side, where several lines have a point in one row
+        at = [place + (number - (num_lines - 1) / 2) * 0.6 / num_lines for place in at]
         axes.errorbar(means, at, xerr=spreads, linestyle="none", label=name, **style)
     else:
         axes.errorbar(at, means, yerr=spreads, linestyle="-", linewidth=1.4, label=name, **style)

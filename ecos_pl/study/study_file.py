@@ -127,7 +127,10 @@ def _check_apart(axes: Sequence[Axis]) -> None:
         if axis.name in seen:
             raise ConfigError(f"{axis.where}axis {axis.name} is there twice in one block")
         seen.add(axis.name)
-        for key in {setting.key for some in axis.values.values() for setting in some}:
+        keys = {s.key: s for settings in axis.values.values() for s in settings}
+        for key, setting in keys.items():
             if key in owners:
-                raise ConfigError(f"{axis.where}{key} is set by axes {owners[key]} and {axis.name}")
+                raise ConfigError(
+                    f"{setting.where}{key} is set by axes {owners[key]} and {axis.name}"
+                )
             owners[key] = axis.name

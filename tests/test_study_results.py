@@ -14,8 +14,9 @@ from ecos_pl.study import results
 from ecos_pl.study.cells import cells_of
 from ecos_pl.study.figures import lines_of, write_figure
 from ecos_pl.study.folder import StudyFolder
+from ecos_pl.study.nodes import as_number
 from ecos_pl.study.report import write_report
-from ecos_pl.study.results import as_number, tidy_rows
+from ecos_pl.study.results import tidy_rows
 from ecos_pl.study.study_file import read_study
 from ecos_pl.study.table import markdown_table
 

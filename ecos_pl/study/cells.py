@@ -18,6 +18,7 @@ import yaml  # type: ignore[import-untyped]
 from ecos_pl.config import Config, ConfigError, config_of, experiment_in, load_config, to_dict
 from ecos_pl.overrides import Setting, groups_of, parts_of
 from ecos_pl.storage import fingerprint_of
+from ecos_pl.study.nodes import as_number
 from ecos_pl.study.study_file import Axis, Study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -156,8 +157,8 @@ def _argument(setting: Setting) -> str:
 def _readable(axis: str, label: str) -> str:
     """What a run id shows of a label: `ecos`, `seed1`, `size300`."""
     text = re.sub(r"[^a-z0-9.]+", "_", label.lower()).strip("_.")[:_LABEL_LENGTH]
-    is_number = re.fullmatch(r"[0-9.]*", text) is not None
-    return f"{axis.rpartition('.')[2]}{text}" if is_number else text
+    is_clear = text and as_number(label) is None
+    return text if is_clear else f"{axis.rpartition('.')[2]}{text}"
 
 
 def _described(cell: Cell) -> str:

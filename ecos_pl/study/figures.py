@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ecos_pl.storage import write_bytes
-from ecos_pl.study.results import as_number
+from ecos_pl.study.nodes import as_number
 from ecos_pl.study.shown import COLUMNS, FigureForm
 from ecos_pl.study.table import Found, looked_up
 
@@ -158,6 +158,7 @@ def _dress(
     axes.spines[["top", "right"]].set_visible(False)
     if is_words:
         axes.set_xlabel(title)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_yticks(list(places.values()), list(places))
         axes.set_ylim(max(places.values(), default=0) + 0.5, -0.5)  # the first one on top
         return

@@ -63,3 +63,13 @@ def yes(node: yaml.Node, path: Path) -> bool:
     if word not in ("true", "false"):
         raise ConfigError(f"{where_in(path, node)}must be true or false, not {word}")
     return word == "true"
+
+
+def as_number(text: str) -> int | float | None:
+    """The number that a label is, or None."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None

@@ -11,6 +11,7 @@ from typing import Any
 
 from ecos_pl.storage import write_bytes
 from ecos_pl.study.cells import Cell
+from ecos_pl.study.nodes import as_number
 
 Fact = str | int | float | bool | None
 Row = dict[str, Fact]
@@ -58,16 +59,6 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Fact]:
     for key, inner in entries:
         found |= flattened(inner, f"{prefix}.{key}" if prefix else key)
     return found
-
-
-def as_number(text: str) -> int | float | None:
-    """The number that a label is, or None."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return None
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

@@ -24,11 +24,13 @@ def in_turn(folder: Path, note: str, ranks: Ranks = ALONE) -> Iterator[None]:
     once: results are written whole, so that two runs then do the same work, and both end well.
 
     Args:
-        folder: What is worked on; the lock file lies beside it and stays, empty.
+        folder: What is worked on, ``CACHE/KIND/NAME``; its lock ``CACHE/locks/KIND-NAME`` stays,
+            empty.
         note: What the log says if there is a wait.
         ranks: Of this run; all of them call this, and the first one waits for all.
     """
-    lock = one_at_a_time(folder.with_name(f"{folder.name}.lock"), note)
+    kind = folder.parent
+    lock = one_at_a_time(kind.with_name("locks") / f"{kind.name}-{folder.name}", note)
     locked = False
     with ranks.first() as is_first:
         if is_first:

@@ -17,7 +17,7 @@ def test_blocks_of_one_folder_follow_each_other(tmp_path):
     made, waited = [], []
 
     def work():
-        with in_turn(tmp_path / "bank", "another run is at it"):
+        with in_turn(tmp_path / "banks/one", "another run is at it"):
             if not made:
                 time.sleep(0.1)  # the others come
                 made.append(1)
@@ -33,9 +33,9 @@ def test_blocks_of_one_folder_follow_each_other(tmp_path):
 
 
 def test_an_error_leaves_the_turn_to_others(tmp_path):
-    with pytest.raises(ValueError, match="broken"), in_turn(tmp_path / "bank", ""):
+    with pytest.raises(ValueError, match="broken"), in_turn(tmp_path / "banks/one", ""):
         raise ValueError("broken")
-    with in_turn(tmp_path / "bank", ""):
+    with in_turn(tmp_path / "banks/one", ""):
         pass
 
 
@@ -47,7 +47,7 @@ def test_a_disk_without_locks_does_the_work_all_the_same(tmp_path, monkeypatch, 
     from contextlib import contextmanager
 
     monkeypatch.setattr(once, "one_at_a_time", contextmanager(refuse))
-    with in_turn(tmp_path / "bank", ""):
+    with in_turn(tmp_path / "banks/one", ""):
         done = True
     assert done
     assert "No locks available" in caplog.text

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -157,6 +158,23 @@ def test_a_signal_ends_the_runs_first(stand_in, tmp_path, by):
     for lines in starts(tmp_path / "out").values():
         with pytest.raises(ProcessLookupError):
             os.kill(int(lines[0].split()[0]), 0)
+
+
+def test_a_second_signal_does_not_wait(stand_in, tmp_path, monkeypatch):
+    """A run that does not end when asked is killed, with what it has started."""
+    deaf = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.fork(); time.sleep(300)"
+    monkeypatch.setattr(running, "command_of", lambda cell, root: [sys.executable, "-c", deaf])
+    [cell] = cells_of(read_study(make(tmp_path, "axes: {seed: [1]}")))
+    folder = StudyFolder(tmp_path / "out")
+    begin = time.monotonic()
+    watcher = Watcher(
+        started=lambda cell: (time.sleep(1), os.kill(os.getpid(), signal.SIGTERM)),
+        stopping=lambda num: threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start(),
+    )
+    with pytest.raises(Interrupted):
+        run_cells([cell], folder, watcher=watcher)
+    assert time.monotonic() - begin < running.GRACE_S
+    wait_for(lambda: folder.state(cell) == "begun")  # its child is gone, too: the lock is free
 
 
 def test_a_cell_that_another_process_is_at_is_left_to_it(stand_in, tmp_path):

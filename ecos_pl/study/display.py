@@ -80,7 +80,11 @@ def shown_progress(folder: StudyFolder, *, num_cells: int, num_done: int) -> Ite
             names = ", ".join(cell.run_id for cell in cells)
             console.print(Text(f"waiting for another process that runs {names}"))
 
-        yield Watcher(started, ended, waiting)
+        def stopping(num_runs: int) -> None:
+            runs = "run saves itself" if num_runs == 1 else "runs save themselves"
+            console.print(Text(f"stopping: {num_runs} {runs} (a second Ctrl-C does not wait)"))
+
+        yield Watcher(started, ended, waiting, stopping)
 
 
 def how_it_failed(ended: Ended, folder: StudyFolder) -> str:

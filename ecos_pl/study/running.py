@@ -62,6 +62,7 @@ class Watcher:
     started: Callable[[Cell], None] = lambda cell: None
     ended: Callable[[Ended], None] = lambda ended: None
     waiting: Callable[[Sequence[Cell]], None] = lambda cells: None
+    stopping: Callable[[int], None] = lambda num_runs: None
 
 
 @dataclass
@@ -121,7 +122,9 @@ def run_cells(
                     watcher.ended(ended[-1])
                     look_again = 0.0
         finally:
-            _end([child.process for child in children])
+            if children:
+                watcher.stopping(len(children))
+            _end([child.process for child in children], heard)
         if heard:
             raise Interrupted(heard[0])
     return ended
@@ -191,7 +194,8 @@ def _signals() -> Iterator[list[signal.Signals]]:
     def note(number: int, frame: FrameType | None) -> None:
         heard.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    listened = [number for number in _SIGNALS if number not in _ignored()]
+    before = {number: signal.signal(number, note) for number in listened}
     try:
         yield heard
     finally:
@@ -199,17 +203,26 @@ def _signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask processes to end, with all that they started; kill what has not after a while."""
+def _ignored() -> set[signal.Signals]:
+    """Under nohup, a terminal that is closed must not end the study."""
+    return {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], heard: Sequence[signal.Signals]) -> None:
+    """Ask processes to end, with all that they started; kill what has not when time is up.
+
+    A further signal means that it is.
+    """
     for process in processes:
         _signal_group(process, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _signal_group(process, signal.SIGKILL)
-            process.wait()
+    num_heard, deadline = len(heard), time.monotonic() + GRACE_S
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() >= deadline or len(heard) > num_heard:
+            for process in processes:
+                _signal_group(process, signal.SIGKILL)
+                process.wait()
+            break
+        time.sleep(_POLL_S)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

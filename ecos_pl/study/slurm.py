@@ -55,7 +55,7 @@ def write_script(
         "# puts itself back into the queue, and goes on there. What is done by then ends at once.",
         *(f"#SBATCH {option}" for option in _OPTIONS),
         f"#SBATCH --array=1-{len(cells)}{limit}",
-        f"#SBATCH --output={logs}/slurm-%A_%a.out",
+        f"#SBATCH --output={shlex.quote(f'{logs}/slurm-%A_%a.out')}",
         *(f"#SBATCH {option}" for option in options),
         "set -euo pipefail",
         f"cd {shlex.quote(os.getcwd())}",

@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG_DIR = REPOSITORY / "configs"
 
 _OF_THE_STUDY = ("run_id", "run_root")  # what the study itself sets
-_LABEL_LENGTH = 24  # of what a run id shows of a label
+_LABEL_LENGTH = 32  # of what a run id shows of a label
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ecos_pl.study.table import looked_up, mean_and_std
+
+__all__ = ["DATA", "Summary", "looked_up", "mean_and_std", "print_table", "run_summary"]
 
 HERE = Path(__file__).resolve().parents[1]
 TORCHVISION = os.environ.get("TORCHVISION_DATA", HERE.parent / "shared" / "data")
@@ -41,34 +46,6 @@ def run_summary(run_id: str, settings: Sequence[str], run_root: Path) -> Summary
         subprocess.run(command, check=True, stdout=sys.stderr)
     summary: Summary = json.loads(path.read_text())
     return summary
-
-
-def mean_and_std(values: Iterable[float | None], form: str, *, spread: bool = True) -> str:
-    """A cell of a table: "–" without a value, the mean, and the spread if there are several.
-
-    Args:
-        values: One for each seed; None where a run has none.
-        form: Of one number, as in `{:.3f}`.
-        spread: Whether to show the standard deviation (n - 1).
-
-    >>> mean_and_std([0.5, 0.7, None], "{:.2f}"), mean_and_std([], "{:.2f}")
-    ('0.60 ± 0.14', '–')
-    """
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    mean = form.format(statistics.mean(known))
-    if len(known) == 1 or not spread:
-        return mean
-    return f"{mean} ± {form.format(statistics.stdev(known))}"
-
-
-def looked_up(summary: Summary, path: str) -> Any:
-    """A value of a summary by its place, as in `simulation.test_accuracy`; None if not there."""
-    value: Any = summary
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

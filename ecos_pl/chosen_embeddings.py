@@ -15,6 +15,7 @@ from ecos_pl.embedding_bank import CHUNK_ROWS, EmbeddingBank, build_bank
 from ecos_pl.encoder import Encoder, EncoderSpec
 from ecos_pl.images import ImageSource, SomeImages, to_tensor
 from ecos_pl.invariance import random_view
+from ecos_pl.once import in_turn
 from ecos_pl.ranks import ALONE, Ranks
 from ecos_pl.row_blocks import Rows
 from ecos_pl.storage import fingerprint_of
@@ -47,17 +48,19 @@ class ImageEmbedder:
         Raises:
             ValueError: One of them could be read when the pool was embedded, but cannot be now.
         """
-        bank = build_bank(
-            self.cache_dir / "embeddings" / f"{source.fingerprint[:16]}-{encoder.key}",
-            source,
-            Encoder(encoder).to(self.device),
-            image_size=encoder.image_size,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            device=self.device,
-            ranks=ranks,
-            title=title,
-        )
+        folder = self.cache_dir / "embeddings" / f"{source.fingerprint[:16]}-{encoder.key}"
+        with in_turn(folder, f"another run is {title}", ranks):
+            bank = build_bank(
+                folder,
+                source,
+                Encoder(encoder).to(self.device),
+                image_size=encoder.image_size,
+                batch_size=self.batch_size,
+                num_workers=self.num_workers,
+                device=self.device,
+                ranks=ranks,
+                title=title,
+            )
         if len(gone := bank.unreadable()):
             raise ValueError(
                 f"{title}: {source.ids[int(gone[0])]} in {source.name} could be read when the pool "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ecos_pl.embedding_bank import EmbeddingBank
 from ecos_pl.kmeans import kmeans
+from ecos_pl.once import in_turn
 from ecos_pl.progress import progress_bar
 from ecos_pl.projection import Projection, fit_pca
 from ecos_pl.ranks import ALONE, Ranks
@@ -88,28 +89,30 @@ def compress_pool(
     """
     name = fingerprint_of([_VERSION, key, num_dims])[:16]
     folder = cache_dir / "projected" / name
-    projection, projected = _project(embeddings, num_dims, folder, device, ranks)
+    with in_turn(folder, "another run projects the pool", ranks):
+        projection, projected = _project(embeddings, num_dims, folder, device, ranks)
     facts = [name, num_clusters, num_iters, num_restarts, seed]
     folder = cache_dir / "clusters" / fingerprint_of(facts)[:16]
-    if not ranks.broadcast(folder.is_dir()):
-        title = "clustering" if ranks.is_first else None
-        with progress_bar(title, num_iters, "iterations") as advance:
-            found = kmeans(
-                projected,
-                num_clusters,
-                num_iters=num_iters,
-                num_restarts=num_restarts,
-                seed=seed,
-                centroid_dtype=torch.float16,
-                device=device,
-                ranks=ranks,
-                on_iteration=advance,
-            )
-        if ranks.is_first:
-            with committed_folder(folder) as aside:
-                write_bytes(aside / "centroids.st", save({"centroids": found.centroids.half()}))
-                np.save(aside / "assignments.npy", found.assignments.numpy().astype(np.int32))
-        ranks.barrier()
+    with in_turn(folder, "another run clusters the pool", ranks):
+        if not ranks.broadcast(folder.is_dir()):
+            title = "clustering" if ranks.is_first else None
+            with progress_bar(title, num_iters, "iterations") as advance:
+                found = kmeans(
+                    projected,
+                    num_clusters,
+                    num_iters=num_iters,
+                    num_restarts=num_restarts,
+                    seed=seed,
+                    centroid_dtype=torch.float16,
+                    device=device,
+                    ranks=ranks,
+                    on_iteration=advance,
+                )
+            if ranks.is_first:
+                with committed_folder(folder) as aside:
+                    write_bytes(aside / "centroids.st", save({"centroids": found.centroids.half()}))
+                    np.save(aside / "assignments.npy", found.assignments.numpy().astype(np.int32))
+            ranks.barrier()
     centroids = load_file(folder / "centroids.st")["centroids"]
     assignments = np.load(folder / "assignments.npy", mmap_mode="c")
     return CompressedPool(projection, projected, centroids, assignments)

@@ -57,6 +57,8 @@ __all__ = [
     "TargetOptions",
     "TrainerOptions",
     "WandbOptions",
+    "config_of",
+    "experiment_in",
     "experiments_in",
     "load_config",
     "parse_command_line",
@@ -707,9 +709,15 @@ def load_config(argv: Sequence[str], *, config_dir: Path) -> Config:
     command_line = parse_command_line(argv)
     file = Path(command_line.config_file).expanduser() if command_line.config_file else None
     layers = [read_yaml(file) if file else [], command_line.settings]
-    experiment = _experiment_named(layers)
-    layers.insert(0, _read_experiment(experiment, config_dir) if experiment else [])
+    return config_of([experiment_in(layers, config_dir), *layers])
 
+
+def config_of(layers: Sequence[Sequence[Setting]]) -> Config:
+    """Build the config from settings, of the weakest source first.
+
+    Raises:
+        ConfigError: as `load_config` does.
+    """
     resolver = Resolver(Config, layers)
     values = resolver.values()
     options = {key: option_field for key, (option_field, _) in resolver.options().items()}
@@ -743,6 +751,16 @@ def _in_one_line(places: dict[str, str]) -> Iterator[None]:
 def experiments_in(config_dir: Path) -> dict[str, Path]:
     """Experiment files by name."""
     return {path.stem: path for path in sorted((config_dir / "experiment").glob("*.yaml"))}
+
+
+def experiment_in(layers: Sequence[Sequence[Setting]], config_dir: Path) -> list[Setting]:
+    """Settings of the experiment that some layers name; none if they name none.
+
+    Raises:
+        ConfigError: there is no such experiment, or its file cannot be read.
+    """
+    experiment = _experiment_named(layers)
+    return _read_experiment(experiment, config_dir) if experiment else []
 
 
 def _experiment_named(layers: Sequence[Sequence[Setting]]) -> Setting | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ecos_pl.mailbox import Mailbox
 from ecos_pl.messages import query_id_of
+from ecos_pl.once import in_turn
 from ecos_pl.storage import read_json, write_bytes, write_json
 
 
@@ -41,13 +42,14 @@ class Conversation:
         """
         kept = self._folder / f"{self._fingerprint[:16]}-{query_id_of(query)}.answer"
         sizes = kept.with_suffix(".json")
-        if not (kept.is_file() and sizes.is_file()):
-            mailbox = self._open()
-            before = mailbox.bytes_sent, mailbox.bytes_received
-            answer = mailbox.ask(query)
-            down, up = mailbox.bytes_sent - before[0], mailbox.bytes_received - before[1]
-            write_bytes(kept, answer)
-            write_json(sizes, {"bytes_down": down, "bytes_up": up})
+        with in_turn(kept, "another run asks the client the same"):
+            if not (kept.is_file() and sizes.is_file()):
+                mailbox = self._open()
+                before = mailbox.bytes_sent, mailbox.bytes_received
+                answer = mailbox.ask(query)
+                down, up = mailbox.bytes_sent - before[0], mailbox.bytes_received - before[1]
+                write_bytes(kept, answer)
+                write_json(sizes, {"bytes_down": down, "bytes_up": up})
         self._count(sizes)
         self.traffic["round_trips"] += 1
         return kept.read_bytes()

@@ -152,6 +152,16 @@ def read_yaml(path: Path) -> list[Setting]:
     Raises:
         ConfigError: if the file is missing, unreadable, or not a YAML mapping.
     """
+    root = read_nodes(path)
+    return [] if root is None else settings_in(root, path)
+
+
+def read_nodes(path: Path) -> yaml.MappingNode | None:
+    """Read a YAML file as nodes, which know their lines; None if it is empty.
+
+    Raises:
+        ConfigError: if the file is missing, unreadable, or not a YAML mapping.
+    """
     try:
         # Nodes rather than values: they keep the text, the quotes and the line number.
         root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
@@ -167,11 +177,18 @@ def read_yaml(path: Path) -> list[Setting]:
         raise ConfigError(f"{path} line {line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{_where(path, root)}expected lines like 'key: value'")
-    settings = list(_flatten(root, "", path))
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{where_in(path, root)}expected lines like 'key: value'")
+    return root
+
+
+def settings_in(mapping: yaml.MappingNode, path: Path) -> list[Setting]:
+    """Flatten a mapping of a YAML file to settings with dotted keys.
+
+    Raises:
+        ConfigError: if a key is given twice, or a value is neither text nor a flat list of texts.
+    """
+    settings = list(_flatten(mapping, "", path))
     seen: set[str] = set()
     for setting in settings:
         if setting.key in seen:
@@ -180,13 +197,14 @@ def read_yaml(path: Path) -> list[Setting]:
     return settings
 
 
-def _where(path: Path, node: yaml.Node) -> str:
+def where_in(path: Path, node: yaml.Node) -> str:
+    """Return the place of a node as messages begin: "FILE line N: "."""
     return f"{path} line {node.start_mark.line + 1}: "
 
 
 def _flatten(mapping: yaml.MappingNode, prefix: str, path: Path) -> Iterator[Setting]:
     for key_node, node in mapping.value:
-        key, where = f"{prefix}{key_node.value}", _where(path, key_node)
+        key, where = f"{prefix}{key_node.value}", where_in(path, key_node)
         if prefix.count(".") > 2:  # also ends a mapping that contains itself through an alias
             raise ConfigError(f"{where}{key} is nested too deep")
         if isinstance(node, yaml.MappingNode) and node.value:

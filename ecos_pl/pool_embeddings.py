@@ -20,6 +20,7 @@ from ecos_pl.columns import Span
 from ecos_pl.embedding_bank import EmbeddingBank, build_bank
 from ecos_pl.encoder import Encoder, EncoderSpec
 from ecos_pl.images import PoolPart, PoolSource
+from ecos_pl.once import in_turn
 from ecos_pl.precomputed import precomputed_bank, precomputed_fingerprint
 from ecos_pl.ranks import ALONE, Ranks
 
@@ -139,22 +140,24 @@ def embed_pool(
     for part in pool.parts:
         source = PartOfPool(pool, part)
         folder = cache_dir / "embeddings" / _bank_name(part, spec, given.get(part.name))
-        if part.name in given:
-            bank = precomputed_bank(
-                given[part.name], source, encoder, folder, device=device, ranks=ranks
-            )
-        else:
-            bank = build_bank(
-                folder,
-                source,
-                encoder,
-                image_size=spec.image_size,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                device=device,
-                ranks=ranks,
-                title="embedding the pool" if len(pool.parts) == 1 else f"embedding {part.name}",
-            )
+        title = "embedding the pool" if len(pool.parts) == 1 else f"embedding {part.name}"
+        with in_turn(folder, f"another run embeds {part.name}", ranks):
+            if part.name in given:
+                bank = precomputed_bank(
+                    given[part.name], source, encoder, folder, device=device, ranks=ranks
+                )
+            else:
+                bank = build_bank(
+                    folder,
+                    source,
+                    encoder,
+                    image_size=spec.image_size,
+                    batch_size=batch_size,
+                    num_workers=num_workers,
+                    device=device,
+                    ranks=ranks,
+                    title=title,
+                )
         banks.append(bank)
     return PoolEmbeddings(banks, "+".join(bank.folder.name for bank in banks))
 

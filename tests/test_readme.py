@@ -11,6 +11,7 @@ import pytest
 
 import train
 from ecos_pl.client_cli import _parser as client_parser
+from ecos_pl.study.__main__ import _parser as study_parser
 
 REPOSITORY = Path(train.__file__).parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -53,6 +54,15 @@ def test_scripts_shown_exist_and_take_the_options(command, capsys):
     for argument in arguments:
         if argument.startswith("--"):
             assert argument.partition("=")[0] in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python -m ecos_pl.study")]
+)
+def test_studies_shown_exist_and_the_flags_do(command):
+    options, rest = study_parser().parse_known_intermixed_args(command.split()[3:])
+    assert all("=" in word and not word.startswith("-") for word in [*options.settings, *rest])
+    assert options.study is None or (REPOSITORY / f"configs/study/{options.study}.yaml").is_file()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +109,7 @@ def test_options_named_in_the_readme_exist(key):
         "json",
         "md",
         "onnx",
+        "parquet",
         "png",
         "pt2",
         "py",

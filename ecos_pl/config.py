@@ -227,9 +227,10 @@ class SelectionOptions:
     strategy: str = option(
         "ecos",
         "ecos: where the client's images lie; random: uniformly; all: the whole pool; "
-        "cluster_uniform: equally many from each cluster; k_center: far apart; upper lines, for "
-        "client=simulated: oracle: at random from the client's own domain; mak and nearest, not "
-        "private, read the client's images: near them and diverse, or the nearest ones of each",
+        "cluster_uniform: equally many from each cluster; k_center: far apart; oracle: at random "
+        "from the client's own domain, which only a simulation knows; not private, for "
+        "client=simulated alone, since they read the client's images: mak: near them and diverse; "
+        "nearest: the nearest to each of them",
         choices=(
             *("ecos", "random", "all", "oracle"),
             *("cluster_uniform", "k_center", "mak", "nearest"),

@@ -121,7 +121,7 @@ class FarthestFirst:
     def _take_farthest(self) -> Tensor:
         pick = self._closest.argmax()  # of equal ones the first
         point = self._table[pick]
-        blocks = (tensor.split(self._block_rows) for tensor in (self._closest, self._table))
+        blocks = (torch.split(t, self._block_rows) for t in (self._closest, self._table))
         for closest, rows in zip(*blocks, strict=True):
             # Differences, no products: exact to the last bits also where rows are near.
             torch.minimum(closest, (rows - point).square_().sum(dim=1), out=closest)

@@ -14,7 +14,13 @@ from ecos_pl.distances_to_client import distances_by_block
 from ecos_pl.row_blocks import Rows
 
 LISTED_ROWS = 32
-"""Rows listed for a client image at least, before the pool is read again."""
+"""Rows listed for each client image at first, at least; twice as many whenever a list is used up.
+
+Where the client's images are alike, they are near the same few rows, and most find theirs gone.
+"""
+
+LIST_VALUES = 2**24
+"""Rows in all lists together at most (128 MiB), unless each is shorter than ``LISTED_ROWS``."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -29,8 +35,8 @@ class NearestInTurn:
     where the client's images are alike, and leave out its rare kinds.
 
     Exact, of equally near rows (in float32) the first. Each reading of the pool costs ``n · N · d``
-    multiplications and ``8 · n · k`` bytes; one is enough unless all rows that are listed for an
-    image go to others.
+    multiplications and ``8 · n · k`` bytes; one is enough unless all the rows that are listed for
+    an image go to others.
 
     Args:
         embeddings: [N, d], finite at ``rows``.
@@ -54,6 +60,7 @@ class NearestInTurn:
         self._turn = 0
         self._lists = np.empty((len(client), 0), np.int64)  # [n, k] places in `rows`
         self._next = np.zeros(len(client), np.int64)  # [n], how far each list is used up
+        self._num_listed = 0
 
     def more(self, number: int) -> Indices:
         """The next rows, so many if there are."""
@@ -61,7 +68,10 @@ class NearestInTurn:
         while len(taken) < number and self._num_left:
             row = self._nearest_left(self._turn)
             if row is None:
-                self._list_anew(max(LISTED_ROWS, 4 * number // len(self._client)))
+                wanted = max(2 * self._num_listed, 4 * number // len(self._client))
+                most = LIST_VALUES // len(self._client)
+                self._num_listed = max(LISTED_ROWS, min(wanted, most))
+                self._list_anew(self._num_listed)
                 continue
             self._is_left[row] = False
             self._num_left -= 1

@@ -30,10 +30,11 @@ def in_turn(rows, client, candidates):
     dims=st.integers(1, 3),
     num_images=st.integers(1, 9),
     listed=st.sampled_from([1, 3, 32]),
+    most=st.sampled_from([1, 2**24]),
     block=st.sampled_from([1, 2**22]),
     numbers=st.lists(st.integers(0, 15), max_size=3),
 )
-def test_the_order_equals_plain_loops(seed, dims, num_images, listed, block, numbers):
+def test_the_order_equals_plain_loops(seed, dims, num_images, listed, most, block, numbers):
     """However many rows are listed, read or asked for at a time."""
     embeddings, client = whole_numbers(300, dims, seed), whole_numbers(num_images, dims, seed + 1)
     rows = np.arange(2, 300, 3) if block > 1 else np.arange(300)  # 256 rows a block at least
@@ -41,6 +42,7 @@ def test_the_order_equals_plain_loops(seed, dims, num_images, listed, block, num
     expected = in_turn(embeddings.tolist(), drawn.tolist(), rows.tolist())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nearest_to_client, "LISTED_ROWS", listed)
+        patch.setattr(nearest_to_client, "LIST_VALUES", most)
         patch.setattr(distances_to_client, "BLOCK_DISTANCES", block)
         found = taken(
             NearestInTurn(embeddings.half(), rows, client, generator(seed)), *numbers, 299, 4
@@ -57,6 +59,21 @@ def test_every_image_takes_as_many_so_that_rare_kinds_count():
     client = kinds[[0] * 9 + [1]]
     found = NearestInTurn(embeddings, np.arange(200), client, generator(1)).more(50)
     assert int((found >= 100).sum()) == 5
+
+
+def test_a_client_of_one_kind_reads_the_pool_a_few_times_only(monkeypatch):
+    """All its images are near the same rows."""
+    readings = []
+    plain = NearestInTurn._list_anew
+    monkeypatch.setattr(
+        NearestInTurn,
+        "_list_anew",
+        lambda self, number: (readings.append(number), plain(self, number)),
+    )
+    embeddings = torch.randn(3000, 2, generator=generator()).half()
+    found = NearestInTurn(embeddings, np.arange(3000), torch.zeros(50, 2), generator(1)).more(1000)
+    assert set(found) == set(embeddings.float().norm(dim=1).argsort(stable=True)[:1000].tolist())
+    assert readings == [80, 160, 320, 640]
 
 
 def test_with_more_images_than_rows_wanted_those_that_choose_are_drawn():

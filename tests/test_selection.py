@@ -7,6 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ecos_pl import densest_rows, diverse_picks, near_duplicates, selection
+from ecos_pl.config import SelectionOptions
 from ecos_pl.count_smoothing import smooth_counts
 from ecos_pl.near_duplicates import DistinctRows
 from ecos_pl.selection import (
@@ -621,6 +622,10 @@ def test_random_goes_on_in_its_own_order():
             kept.append(row)
     assert found.indices.tolist() == sorted(kept)
     assert found.num_duplicates == passed
+
+
+def test_the_config_offers_every_strategy():
+    assert SelectionOptions.__dataclass_fields__["strategy"].metadata["choices"] == STRATEGIES
 
 
 def test_mistakes_are_refused():

@@ -185,7 +185,7 @@ def test_what_reads_the_clients_images_never_states_an_epsilon(run, tmp_path, st
     assert summary["simulation"]["purity"] > 0.6
     assert "not private: the client's images were read" in " ".join(out.split())
     assert "ε =" not in out
-    with (tmp_path / "run" / "metrics.csv").open() as file:
+    with (tmp_path / "run" / "metrics/version_0/metrics.csv").open() as file:
         assert "probe/epsilon" not in next(csv.reader(file))
     status, summary, _, _ = run(*words)
     assert status == 0

@@ -164,6 +164,7 @@ def train(config: Config) -> dict[str, Any]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     folder = run_folder(config)
     _check_labels(config)
+    _check_selection(config)
     scenario = _scenario(config)
     teacher = _teacher(config, scenario)
     datamodule = _datamodule(config, scenario, folder, teacher)
@@ -408,6 +409,22 @@ def _check_labels(config: Config) -> None:
             "asks for none",
             config.labels.name,
         )
+
+
+def _check_selection(config: Config) -> None:
+    """Refuse to read a real client's images, and say so where a simulated one's are read."""
+    from ecos_pl.selection import NOT_PRIVATE
+
+    strategy = config.selection.strategy
+    if config.train_on == "client" or strategy not in NOT_PRIVATE:
+        return
+    if isinstance(config.client, MailboxOptions):
+        raise ConfigError(
+            f"selection.strategy={strategy} is not private: it reads the client's images, which a "
+            "client behind a mailbox never shows; it is for client=simulated"
+        )
+    if is_first_process():
+        log.warning("not private: selection.strategy=%s reads the client's images", strategy)
 
 
 def _teacher(config: Config, scenario: Scenario) -> FrozenTeacher | None:

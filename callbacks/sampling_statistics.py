@@ -50,11 +50,12 @@ def _scalars(found: Probed) -> dict[str, float]:
         "probe/num_filled_up": selection.num_filled_up,
         "probe/num_duplicates": selection.num_duplicates,
         "probe/num_unreadable": result.num_unreadable,
-        "probe/epsilon": result.privacy["epsilon"],
         "probe/delta": result.privacy["delta"],
         **{f"probe/{name}": value for name, value in result.communication.items()},
         **{f"probe/seconds/{name}": value for name, value in _cloud_seconds(result).items()},
     }
+    if result.privacy["epsilon"] is not None:
+        scalars["probe/epsilon"] = result.privacy["epsilon"]
     known = {f"simulation/{k}": v for k, v in found.simulation.items() if v is not None}
     return {name: float(value) for name, value in {**scalars, **known}.items()}
 

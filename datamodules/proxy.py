@@ -33,6 +33,7 @@ from ecos_pl.probe_result import ProbeResult
 from ecos_pl.proxy_set import ProxySet
 from ecos_pl.ranks import Ranks
 from ecos_pl.relabeling import Relabeler
+from ecos_pl.revealed_client import RevealedClient
 from ecos_pl.storage import fingerprint_of
 from ecos_pl.teacher import FrozenTeacher
 
@@ -313,6 +314,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
     def _probe(self) -> Probe:
         trainer = self.trainer
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
+        num_workers = default_workers(self.embed_workers, trainer.num_devices if trainer else 1)
         return Probe(
             self.scenario.pool,
             self.plan,
@@ -320,11 +322,28 @@ class ProxySamplingDataModule(L.LightningDataModule):
             self._mailbox_for,
             self.cache_dir,
             client_id=self._client_id(),
+            revealed=self._revealed(device, num_workers),
             given_embeddings=self._given_by_part(),
             device=device,
             batch_size=self.embed_batch_size,
-            num_workers=default_workers(self.embed_workers, trainer.num_devices if trainer else 1),
+            num_workers=num_workers,
         )
+
+    def _revealed(self, device: torch.device, num_workers: int) -> RevealedClient | None:
+        """The benchmark's own client images; a client behind a mailbox shows nothing."""
+        if self.mailbox is not None:
+            return None
+        return RevealedClient(
+            self._private(),
+            self._client_folder,
+            device=device,
+            batch_size=self.embed_batch_size,
+            num_workers=num_workers,
+        )
+
+    def _client_folder(self, fingerprint: str) -> Path:
+        """The simulated client's folder for a probe."""
+        return self.run_root / "clients" / fingerprint[:16]
 
     def _given_by_part(self) -> Mapping[str, Path]:
         given, parts = self.given_embeddings, self.scenario.pool.parts
@@ -361,8 +380,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
                 max_sample_rate=self.plan.sample_rate,
                 encoder=self.plan.encoder,
             )
-            folder = self.run_root / "clients" / fingerprint[:16]
-            return Client.simulated(folder, self._private(), policy)
+            return Client.simulated(self._client_folder(fingerprint), self._private(), policy)
 
         return InProcessMailbox(make, client_id=self._client_id())
 

@@ -31,9 +31,19 @@ class PrivacyStatement:
 
     >>> print(PrivacyStatement(1.9755, 1e-5))
     ε = 1.98 at δ = 1e-05, per sample, add/remove, PLD accountant
+    >>> print(PrivacyStatement(None, 1e-5))
+    not private: the client's images were read as they are, no ε holds
+
+    Attributes:
+        epsilon: Of all that was released together; None where something was read that no noise
+            protects, so that none holds.
+        delta: The δ at which it holds.
+        relation: Between neighbouring data sets.
+        unit: Who counts as one.
+        accountant: How it was found.
     """
 
-    epsilon: float
+    epsilon: float | None
     delta: float
     relation: str = "add/remove"
     unit: str = "sample"
@@ -41,10 +51,12 @@ class PrivacyStatement:
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
-        if not self.epsilon >= 0:
+        if self.epsilon is not None and not self.epsilon >= 0:
             raise ValueError("privacy statement: epsilon must be zero or more")
 
     def __str__(self) -> str:
+        if self.epsilon is None:
+            return "not private: the client's images were read as they are, no ε holds"
         return (
             f"ε = {_round_up(self.epsilon)} at δ = {self.delta:g}, per {self.unit}, "
             f"{self.relation}, {self.accountant} accountant"

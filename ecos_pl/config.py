@@ -228,9 +228,15 @@ class SelectionOptions:
 
     strategy: str = option(
         "ecos",
-        "ecos: where the client's images lie; random: uniformly; all: the whole pool; oracle: at "
-        "random from the client's own domain, which only a simulation knows",
-        choices=("ecos", "random", "all", "oracle"),
+        "ecos: where the client's images lie; random: uniformly; all: the whole pool; "
+        "cluster_uniform: equally many from each cluster; k_center: far apart; oracle: at random "
+        "from the client's own domain, which only a simulation knows; not private, for "
+        "client=simulated alone, since they read the client's images: mak: near them and diverse; "
+        "nearest: the nearest to each of them",
+        choices=(
+            *("ecos", "random", "all", "oracle"),
+            *("cluster_uniform", "k_center", "mak", "nearest"),
+        ),
     )
     size: int = option(1500, "images in the proxy set; ignored by all", minimum=1)
     duplicate_distance: float = option(

@@ -66,7 +66,7 @@ def card_text(
             f"(`selection.strategy={strategy}`, seed {summary['seed']}, fingerprint "
             f"`{proxy['fingerprint'][:16]}`; licences: {licence_summary(proxy['pools'])}).",
             f"- Privacy of the client: {PrivacyStatement(**privacy)}."
-            if privacy["epsilon"]
+            if privacy["epsilon"] != 0
             else "- The client released nothing for it.",
         ]
     else:

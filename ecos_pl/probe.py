@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,8 @@ from ecos_pl.privacy import Release
 from ecos_pl.probe_result import ProbeResult, unit_of
 from ecos_pl.proxy_set import ProxySet, pool_names, pools_of
 from ecos_pl.ranks import ALONE, Ranks
-from ecos_pl.selection import Selection, default_num_clusters, select
+from ecos_pl.revealed_client import RevealedClient
+from ecos_pl.selection import NOT_PRIVATE, Selection, default_num_clusters, select
 from ecos_pl.storage import committed_folder, fingerprint_of
 
 log = logging.getLogger(__name__)
@@ -95,10 +97,14 @@ class Probe:
         mailbox_for: Gives the way to the client, from the probe's fingerprint.
         client_id: What tells this client from others who could be asked about the same pool.
         cache_dir: Where results are kept; on a disk that all ranks see.
+        revealed: The client's images, for a strategy that is not private; None for a real client.
         given_embeddings: Files of embeddings made elsewhere, by name of the pool's part.
         device: Where the encoder and k-means run.
         batch_size: Images embedded at once.
         num_workers: Processes that decode images.
+
+    Raises:
+        ValueError: The strategy reads the client's images, and they are not revealed.
     """
 
     def __init__(
@@ -110,6 +116,7 @@ class Probe:
         cache_dir: Path,
         *,
         client_id: str,
+        revealed: RevealedClient | None = None,
         given_embeddings: Mapping[str, Path] | None = None,
         device: torch.device | str = "cpu",
         batch_size: int = 256,
@@ -121,7 +128,7 @@ class Probe:
         self._cluster_device = "cpu" if torch.device(device).type == "mps" else device
         self._given = dict(given_embeddings or {})
         self._encoder_fingerprint = plan.encoder.fingerprint()
-        facts = {
+        facts: dict[str, Any] = {
             "version": _VERSION,
             "pool": pool.fingerprint,
             "embeddings": given_facts(self._given),
@@ -130,6 +137,15 @@ class Probe:
             "plan": {k: v for k, v in asdict(plan).items() if k != "encoder"},
             "labeler": {"name": labeler.name, **labeler.facts()},
         }
+        self._revealed = None
+        if plan.strategy in NOT_PRIVATE:
+            if revealed is None:
+                raise ValueError(
+                    f"selection.strategy={plan.strategy} reads the client's images: it is for "
+                    "simulations alone (client=simulated)"
+                )
+            self._revealed = revealed
+            facts["client_images"] = revealed.source.fingerprint
         self.fingerprint = fingerprint_of(facts)
         self._folder = cache_dir / "probes" / self.fingerprint[:16]
         self._conversation = Conversation(cache_dir, self.fingerprint, mailbox_for)
@@ -158,14 +174,17 @@ class Probe:
             bank = self._embed(ranks)
         with self._timed("cluster"):
             compressed = self._compress(bank, ranks)
-        counts, selection = None, None
+        counts, client, selection = None, None, None
         with ranks.first() as is_first:
             if is_first:
                 with self._timed("ask"):
                     if self.plan.strategy == "ecos":
                         counts = self._ask_for_counts(compressed)
+                    elif self._revealed is not None:
+                        shown = self._revealed.embeddings(self.fingerprint, self.plan.encoder)
+                        client = compressed.projection(shown)
                 with self._timed("select"):
-                    selection = self._select(bank, compressed, counts)
+                    selection = self._select(bank, compressed, counts, client)
         indices = ranks.broadcast(selection.indices.numpy() if selection else None)
         with self._timed("label"):
             chosen = embed_chosen(
@@ -337,7 +356,11 @@ class Probe:
         return _Counts(answer.noisy_counts, answer.noise_std, release, answer.max_per_unit)
 
     def _select(
-        self, bank: PoolEmbeddings, compressed: CompressedPool, counts: _Counts | None
+        self,
+        bank: PoolEmbeddings,
+        compressed: CompressedPool,
+        counts: _Counts | None,
+        client: Tensor | None,
     ) -> Selection:
         chosen = select(
             counts.noisy if counts else None,
@@ -351,6 +374,7 @@ class Probe:
             full_embeddings=bank,
             duplicate_distance=self.plan.duplicate_distance,
             among=self._in_oracle_domain(),
+            client=client,
             device=self._cluster_device,
         )
         size, wanted = len(chosen.indices), self.plan.size
@@ -410,7 +434,8 @@ class Probe:
         releases = [*([counts.release] if counts else []), *labels.releases]
         declared = [counts.max_per_unit] if counts else []
         declared += [labels.max_per_unit] if labels.releases else []
-        epsilon = epsilon_of(releases, plan.delta)
+        # What the client's images were read for, no release accounts for.
+        epsilon = None if self._revealed is not None else epsilon_of(releases, plan.delta)
         statement = asdict(PrivacyStatement(epsilon, plan.delta, unit=unit_of(declared)))
         proxy_set = ProxySet(
             ids=[self.pool.ids[index] for index in indices],

@@ -32,8 +32,10 @@ class ProbeResult:
         cluster_sizes: [R] int64, pool images per cluster.
         selection: Which rows of the pool were chosen, quotas, kept clusters and threshold.
         releases: What the client released for it.
-        privacy: ``epsilon, delta, relation, unit, accountant`` of all of them together.
-        spent_now: What of this ε was spent by this process rather than found on disk.
+        privacy: ``epsilon, delta, relation, unit, accountant`` of all of them together; ε is None
+            where the selection read the client's images, so that none holds.
+        spent_now: What of this ε was spent by this process rather than found on disk: 0 if all was
+            found there.
         communication: ``bytes_down, bytes_up, round_trips``.
         seconds: Of each step, when it was done.
         num_unreadable: Pool images left out since they cannot be read.
@@ -48,7 +50,7 @@ class ProbeResult:
     selection: Selection
     releases: Sequence[Release]
     privacy: dict[str, Any]
-    spent_now: float
+    spent_now: float | None
     communication: dict[str, int]
     seconds: dict[str, float]
     num_unreadable: int
@@ -101,14 +103,18 @@ class ProbeResult:
                 raise MessageError(_DIFFERENT_UNITS)
         releases = [*self.releases, *found.releases]
         delta = self.privacy["delta"]
-        epsilon = epsilon_of(releases, delta)
-        added = 0.0 if found.from_disk else epsilon - self.privacy["epsilon"]
+        epsilon, spent_now = None, None
+        if self.privacy["epsilon"] is not None:
+            epsilon = epsilon_of(releases, delta)
+            spent_now = epsilon - self.privacy["epsilon"] + (self.spent_now or 0.0)
+        if found.from_disk:
+            spent_now = self.spent_now
         return replace(
             self,
             proxy_set=replace(self.proxy_set, targets=found.targets, weights=found.weights),
             releases=releases,
             privacy=asdict(PrivacyStatement(epsilon, delta, unit=unit_text(found.max_per_unit))),
-            spent_now=self.spent_now + added,
+            spent_now=spent_now,
             communication={
                 name: size + found.traffic[name] for name, size in self.communication.items()
             },

@@ -5,6 +5,7 @@ Shapes: N pool rows, R clusters, d embedding dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,10 +17,19 @@ from torch import Tensor
 from ecos_pl.count_smoothing import smooth_counts
 from ecos_pl.densest_rows import densest_rows, densities, next_densest
 from ecos_pl.diverse_picks import diverse_picks
+from ecos_pl.k_center import KCenter
+from ecos_pl.model_aware_k_center import ModelAwareKCenter
 from ecos_pl.near_duplicates import DUPLICATE_DISTANCE, DistinctRows
+from ecos_pl.nearest_to_client import NearestInTurn
 from ecos_pl.row_blocks import Rows
 
-STRATEGIES = ("ecos", "random", "all", "oracle")
+STRATEGIES = (
+    *("ecos", "random", "all", "oracle"),
+    *("cluster_uniform", "k_center", "mak", "nearest"),
+)
+
+NOT_PRIVATE = ("mak", "nearest")
+"""Strategies that read the client's embeddings: only a simulated client can be asked for them."""
 
 CORE_SHARE = 0.75
 """Share of the client's images that the core of its density holds; the rest is spread thinly."""
@@ -121,6 +131,7 @@ def select(
     full_embeddings: Rows | None = None,
     duplicate_distance: float = DUPLICATE_DISTANCE,
     among: Indices | None = None,
+    client: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Selection:
     """Choose the proxy set.
@@ -130,14 +141,19 @@ def select(
     gets a quota in proportion to the density of its core rows (``water_fill``), filled by diverse
     ones of them. A core with fewer rows than asked for is taken whole, and the next densest rows
     fill up: the size is always reached.
-    ``random`` and ``all`` are the baselines; they need no counts. ``oracle`` is random among rows
-    that somebody knows to be of the client's domain: an upper line for simulations.
+
+    The others are baselines and need no counts. ``all`` and ``random`` look at nothing;
+    ``cluster_uniform`` takes equally many from each cluster, at random, and what a small cluster
+    lacks from all others; ``k_center`` takes rows that lie far apart (`KCenter`). Upper lines for
+    simulations: ``oracle`` is random among rows that somebody knows to be of the client's domain;
+    ``nearest`` (`NearestInTurn`) and ``mak`` (`ModelAwareKCenter`) read the client's embeddings.
 
     Of near-duplicates among the chosen rows the one chosen first stays (for ``all``: the first of
     the pool), and the next rows take the others' places: larger quotas, then the next densest
-    rows; more of the random order; none for ``all``.
+    rows; more of the strategy's order; none for ``all``.
 
-    Takes about 16 bytes of memory a row, up to 24 for ``random``, and chunks.
+    Takes about 16 bytes of memory a row, up to 24 for ``random``, 48 for ``cluster_uniform``, and
+    chunks; besides, what `KCenter` and `NearestInTurn` say.
 
     Args:
         noisy_counts: [R], the client's answer; None for the baselines.
@@ -147,16 +163,16 @@ def select(
         size: Rows wanted; all distinct rows if the pool holds fewer.
         strategy: One of ``STRATEGIES``.
         noise_std: Of the counts, in images.
-        generator: For ``random`` and ``oracle``.
+        generator: For the strategies that draw: all baselines but ``all`` and ``mak``.
         full_embeddings: [N, D] unit rows of which ``embeddings`` are an orthogonal projection:
             near-duplicates are told by them. None: by ``embeddings``.
         duplicate_distance: Images this near or nearer are near-duplicates; 0: none are.
         among: Rows of the client's domain, for ``oracle``.
+        client: [n, d], the client's embeddings in the space of ``embeddings``, for ``NOT_PRIVATE``.
         device: Where densities and distances are computed.
 
     Raises:
-        ValueError: An unknown strategy, ``ecos`` without counts, ``oracle`` without rows, or a
-            negative distance.
+        ValueError: An unknown strategy, one without what it needs, or a negative distance.
     """
     assignments = torch.as_tensor(assignments)
     num_clusters = len(centroids)
@@ -164,17 +180,7 @@ def select(
     num_rows = int(sizes.sum())
     distinct = DistinctRows(embeddings, full_embeddings, duplicate_distance, device=device)
     kept, threshold, relevant = torch.ones(num_clusters, dtype=torch.bool), 0.0, None
-    if strategy == "all":
-        chosen, num_duplicates = _take(_Listed(_readable(assignments, num_rows)), None, distinct)
-    elif strategy in ("random", "oracle"):
-        rows = _readable(assignments, num_rows)
-        if strategy == "oracle":
-            if among is None:
-                raise ValueError("the strategy oracle needs the rows of the client's domain")
-            rows = np.intersect1d(rows, among)
-        order = rows[torch.randperm(len(rows), generator=generator).numpy()]
-        chosen, num_duplicates = _take(_Listed(order), size, distinct)
-    elif strategy == "ecos":
+    if strategy == "ecos":
         if noisy_counts is None:
             raise ValueError("the strategy ecos needs the client's noisy counts")
         density = smooth_counts(noisy_counts, centroids, sizes, noise_std)
@@ -189,6 +195,11 @@ def select(
         kept = (num_relevant > 0) & (2 * num_relevant >= sizes)
         edge = row_densities[relevant].min() if relevant.any() else row_densities.max()
         threshold = float(edge) * num_rows / num_clusters
+    elif strategy in _BASELINES:
+        rows = _readable(assignments, num_rows)
+        pool = _Pool(rows, assignments, embeddings, size, generator, among, client, device)
+        preference = _BASELINES[strategy](pool)
+        chosen, num_duplicates = _take(preference, None if strategy == "all" else size, distinct)
     else:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
     indices = torch.from_numpy(np.sort(chosen))
@@ -289,3 +300,77 @@ def _take(preference: _Preference, size: int | None, distinct: DistinctRows) -> 
             # The more near-duplicates there are, the farther to look at once.
             number = max(1, (size - num_taken) * (num_taken + num_passed) // max(1, num_taken))
     return np.concatenate(taken), num_passed
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """What a baseline may look at; `select` says what each is."""
+
+    rows: Indices  # readable ones, ascending
+    assignments: Tensor
+    embeddings: Rows
+    size: int
+    generator: torch.Generator
+    among: Indices | None
+    client: Tensor | None
+    device: torch.device | str
+
+    def shuffled(self, rows: Indices) -> Indices:
+        order: Indices = torch.randperm(len(rows), generator=self.generator).numpy()
+        return rows[order]
+
+    def shown_by_client(self) -> Tensor:
+        if self.client is None:
+            raise ValueError(
+                f"the strategies {', '.join(NOT_PRIVATE)} need the client's embeddings"
+            )
+        return self.client
+
+
+def _all(pool: _Pool) -> _Preference:
+    return _Listed(pool.rows)
+
+
+def _random(pool: _Pool) -> _Preference:
+    return _Listed(pool.shuffled(pool.rows))
+
+
+def _oracle(pool: _Pool) -> _Preference:
+    if pool.among is None:
+        raise ValueError("the strategy oracle needs the rows of the client's domain")
+    return _Listed(pool.shuffled(np.intersect1d(pool.rows, pool.among)))
+
+
+def _cluster_uniform(pool: _Pool) -> _Preference:
+    """First one row of every cluster, then a second one, …: `water_fill` with equal weights."""
+    order = pool.shuffled(pool.rows)
+    clusters = pool.assignments[torch.from_numpy(order)].numpy()
+    order = order[np.argsort(clusters, kind="stable")]
+    sizes = np.bincount(clusters)
+    rounds = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return _Listed(order[np.argsort(rounds, kind="stable")])
+
+
+def _k_center(pool: _Pool) -> _Preference:
+    return KCenter(pool.embeddings, pool.rows, pool.generator, pool.device)
+
+
+def _mak(pool: _Pool) -> _Preference:
+    client = pool.shown_by_client()
+    return ModelAwareKCenter(pool.embeddings, pool.rows, client, pool.size, pool.device)
+
+
+def _nearest(pool: _Pool) -> _Preference:
+    client = pool.shown_by_client()
+    return NearestInTurn(pool.embeddings, pool.rows, client, pool.generator, pool.device)
+
+
+_BASELINES: Mapping[str, Callable[[_Pool], _Preference]] = {
+    "random": _random,
+    "all": _all,
+    "oracle": _oracle,
+    "cluster_uniform": _cluster_uniform,
+    "k_center": _k_center,
+    "mak": _mak,
+    "nearest": _nearest,
+}

@@ -3,20 +3,24 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from ecos_pl.accounting import epsilon_of
 from ecos_pl.client import Client
 from ecos_pl.client_policy import ClientPolicy
-from ecos_pl.encoder import EncoderSpec
+from ecos_pl.encoder import Encoder, EncoderSpec
 from ecos_pl.images import scan_folder
+from ecos_pl.label_rounds import LabelRound
 from ecos_pl.labeling import PublicLabeler
 from ecos_pl.ledger import Ledger
 from ecos_pl.mailbox import InProcessMailbox
 from ecos_pl.messages import CoverageAnswer, MessageError
 from ecos_pl.probe import Probe, ProbePlan
 from ecos_pl.prototype_labeler import PrototypeLabeler
+from ecos_pl.revealed_client import RevealedClient
+from ecos_pl.selection import NOT_PRIVATE
 
 SPEC = EncoderSpec("mobilenetv3_small_050", "random", 32)
 # Untrained, the encoder tells pictures of one kind hardly apart: none is a near-duplicate here.
@@ -40,14 +44,15 @@ class World:
         self.private = scan_folder(image_tree / "client" / "train")
         self.folder, self.asked = folder, 0
 
-    def probe(self, plan=PLAN, labeler=None, change=lambda answer: answer, client_id="c"):
+    def probe(
+        self, plan=PLAN, labeler=None, change=lambda answer: answer, client_id="c", revealed=False
+    ):
         def mailbox(fingerprint):
             policy = ClientPolicy(min_noise_std=0.5, min_noise_multiplier=0.05, encoder=SPEC)
-            folder = self.folder / "clients" / fingerprint[:16]
 
             def answer(query):
                 self.asked += 1
-                client = Client.simulated(folder, self.private, policy)
+                client = Client.simulated(self.client_folder(fingerprint), self.private, policy)
                 return change(client.answer(query))
 
             return InProcessMailbox(lambda: SimpleNamespace(answer=answer), client_id=client_id)
@@ -60,8 +65,12 @@ class World:
             mailbox,
             self.folder / "cache",
             client_id=client_id,
+            revealed=RevealedClient(self.private, self.client_folder) if revealed else None,
             batch_size=32,
         )
+
+    def client_folder(self, fingerprint):
+        return self.folder / "clients" / fingerprint[:16]
 
 
 @pytest.fixture
@@ -161,13 +170,77 @@ def test_both_releases_are_accounted_together(world):
     assert sum(right) / len(right) > 0.65  # 25 runs: 0.84 on average, 0.79 at least
 
 
-@pytest.mark.parametrize("strategy", ["random", "all"])
+@pytest.mark.parametrize("strategy", ["random", "all", "cluster_uniform", "k_center"])
 def test_the_baselines_ask_nobody_for_counts(world, strategy):
     result = world.probe(dataclasses.replace(PLAN, strategy=strategy)).run()
     assert world.asked == 0
     assert result.privacy["epsilon"] == 0
     assert result.noisy_counts is None
-    assert len(result.proxy_set) == {"random": 60, "all": 260}[strategy]
+    assert len(result.proxy_set) == (260 if strategy == "all" else 60)
+
+
+@pytest.mark.parametrize("strategy", NOT_PRIVATE)
+def test_what_reads_the_clients_images_asks_for_no_counts_and_states_no_epsilon(world, strategy):
+    plan = dataclasses.replace(PLAN, strategy=strategy)
+    result = world.probe(plan, revealed=True).run()
+    assert world.asked == 0
+    assert result.noisy_counts is None
+    assert result.privacy["epsilon"] is None
+    assert result.spent_now is None
+    assert "not private" in str(result.statement)
+    domains = [world.pool.domains[index] for index in result.indices]
+    assert domains.count("bars") / 60 > 0.8
+
+    again = world.probe(plan, revealed=True).run()
+    assert again.from_disk
+    assert again.privacy["epsilon"] is None
+    assert again.spent_now == 0
+    assert again.proxy_set.provenance["privacy"]["epsilon"] is None
+
+    # The client's embeddings lie in the simulated client's folder alone.
+    (folder,) = (world.folder / "clients").iterdir()
+    assert folder == world.client_folder(result.fingerprint)
+    width = Encoder(SPEC).num_dims
+    banks = [path for path in world.folder.rglob("*.npy") if np.load(path).shape == (120, width)]
+    assert banks
+    assert all(folder in path.parents for path in banks)
+
+
+def test_a_release_of_labels_makes_no_finite_epsilon_of_what_is_not_private(world):
+    plan = dataclasses.replace(PLAN, strategy="nearest")
+    labeler = PrototypeLabeler(CLASSES, num_dims=4, num_views=0)
+    result = world.probe(plan, labeler, revealed=True).run()
+    assert [release.kind for release in result.releases] == ["prototypes"]
+    assert result.privacy["epsilon"] is None
+    found = LabelRound(
+        number=1,
+        targets=result.proxy_set.targets,
+        weights=result.proxy_set.weights,
+        releases=result.releases,
+        max_per_unit=1,
+        traffic={"bytes_down": 1, "bytes_up": 1, "round_trips": 1},
+        changed=0.0,
+    )
+    after = result.with_round(found)
+    assert after.privacy["epsilon"] is None
+    assert after.spent_now is None
+    assert len(after.releases) == 2
+
+
+def test_a_client_that_is_not_simulated_shows_nothing(world):
+    with pytest.raises(ValueError, match="nearest reads the client's images: it is for sim"):
+        world.probe(dataclasses.replace(PLAN, strategy="nearest"))
+
+
+def test_the_clients_images_name_a_result_that_they_determine(world, image_tree):
+    def fingerprint(strategy):
+        return world.probe(dataclasses.replace(PLAN, strategy=strategy), revealed=True).fingerprint
+
+    before = {strategy: fingerprint(strategy) for strategy in ("random", "mak", "nearest")}
+    world.private = scan_folder(image_tree / "client" / "test")
+    assert fingerprint("random") == before["random"]
+    assert fingerprint("mak") != before["mak"]
+    assert fingerprint("nearest") != before["nearest"]
 
 
 def test_more_images_than_there_are_is_said(world, caplog):

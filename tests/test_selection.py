@@ -7,10 +7,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ecos_pl import densest_rows, diverse_picks, near_duplicates, selection
+from ecos_pl.config import SelectionOptions
 from ecos_pl.count_smoothing import smooth_counts
 from ecos_pl.near_duplicates import DistinctRows
 from ecos_pl.selection import (
     CORE_SHARE,
+    NOT_PRIVATE,
     STRATEGIES,
     default_num_clusters,
     select,
@@ -162,6 +164,7 @@ def chosen(counts, assignments, embeddings, centroids, **changes):
         "generator": generator(),
         "duplicate_distance": 0.0,
         "among": np.arange(len(assignments)),  # for the oracle: all, unless a test says otherwise
+        "client": centroids[: len(centroids) // 2].float(),
     }
     return select(counts, assignments, embeddings, centroids, **{**options, **changes})
 
@@ -226,6 +229,57 @@ def test_the_oracle_draws_from_the_clients_domain_alone():
     assert set(found.indices.tolist()) <= set(rows.tolist())
     with pytest.raises(ValueError, match="needs the rows of the client's domain"):
         chosen(None, *arguments, strategy="oracle", among=None)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), size=st.integers(0, 320))
+def test_cluster_uniform_gives_all_clusters_the_same(seed, size):
+    centroids = 10 * table(6, 4, seed)
+    assignments = torch.multinomial(
+        torch.tensor([60.0, 20, 10, 5, 4, 1]), 300, replacement=True, generator=generator(seed)
+    )
+    embeddings = centroids[assignments]
+    sizes = torch.bincount(assignments, minlength=6)
+    found = chosen(None, assignments, embeddings, centroids, size=size, strategy="cluster_uniform")
+    assert torch.equal(found.quotas, water_fill(torch.ones(6), sizes, size))
+
+
+def test_cluster_uniform_draws_uniformly_inside_a_cluster():
+    assignments = torch.arange(60) % 3
+    arguments = (None, assignments, table(60, 4), table(3, 4))
+    hits = torch.zeros(60)
+    for seed in range(400):
+        found = chosen(*arguments, size=15, strategy="cluster_uniform", generator=generator(seed))
+        hits[found.indices] += 1
+    assert (hits - 100).abs().max() < 6 * math.sqrt(400 * 0.25 * 0.75)
+
+
+@pytest.mark.parametrize("strategy", NOT_PRIVATE)
+def test_what_is_not_private_needs_the_client_and_chooses_near_it(strategy):
+    assignments, embeddings, centroids = pool()
+    with pytest.raises(ValueError, match="need the client's embeddings"):
+        chosen(None, assignments, embeddings, centroids, strategy=strategy, client=None)
+    client = centroids[[2, 5]] + 0.1 * table(2, 4)
+    options = {"strategy": strategy, "size": 20, "client": client}
+    found = chosen(None, assignments, embeddings, centroids, **options)
+    assert set(torch.nonzero(found.quotas).flatten().tolist()) == {2, 5}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[4:])
+def test_baselines_draw_from_their_generator_alone(strategy):
+    arguments = (None, *pool())
+
+    def draw(seed):
+        return chosen(*arguments, strategy=strategy, generator=generator(seed)).indices.tolist()
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one = draw(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert one == draw(1)
+    # With more images in turn than are wanted, or with none left out, the order does not matter.
+    assert (one != draw(2)) == (strategy in ("cluster_uniform", "k_center"))
 
 
 def test_a_core_that_is_too_small_is_taken_whole_and_the_next_densest_fill_up():
@@ -498,7 +552,7 @@ def test_no_near_duplicates_are_left_and_the_size_is_reached(strategy, size):
     assert plain.num_duplicates == 0
     if strategy == "all" or size == 1000:
         assert found.num_duplicates == 800
-    elif size == 200:
+    elif size == 200 and strategy not in ("k_center", "mak"):  # what is far apart is distinct
         assert 0 < found.num_duplicates < 800
 
 
@@ -570,8 +624,12 @@ def test_random_goes_on_in_its_own_order():
     assert found.num_duplicates == passed
 
 
+def test_the_config_offers_every_strategy():
+    assert SelectionOptions.__dataclass_fields__["strategy"].metadata["choices"] == STRATEGIES
+
+
 def test_mistakes_are_refused():
-    with pytest.raises(ValueError, match="one of ecos, random, all, oracle, not 'best'"):
+    with pytest.raises(ValueError, match=r"one of ecos, random, .*, nearest, not 'best'"):
         chosen(None, *pool(), strategy="best")
     with pytest.raises(ValueError, match="ecos needs the client's noisy counts"):
         chosen(None, *pool())

@@ -159,6 +159,8 @@ def test_a_run_folder_of_another_config_is_not_mixed_with(run):
         (["selection.strategy=random", "labels=public"], 60),
         (["selection.strategy=all", "labels=public", "task.augment=none"], 260),
         (["selection.strategy=oracle", "labels=public"], 60),
+        (["selection.strategy=cluster_uniform", "labels=public"], 60),
+        (["selection.strategy=k_center", "labels=public"], 60),
         (["task.method=fixmatch", "task.consistency_threshold=0.5"], 60),
         (["train_on=client"], 0),
         (["privacy.sample_rate=0.5", "task.ema_decay=null", "task.augment=crop_flip"], 60),
@@ -171,6 +173,31 @@ def test_the_other_ways_to_train(run, overrides, size):
     assert summary["simulation"]["test_accuracy"] is not None
     if "train_on=client" in overrides or "labels=public" in overrides:
         assert summary["privacy"]["epsilon"] == 0
+
+
+@pytest.mark.parametrize("strategy", ["mak", "nearest"])
+def test_what_reads_the_clients_images_never_states_an_epsilon(run, tmp_path, strategy):
+    words = [f"selection.strategy={strategy}", "trainer.max_epochs=1"]
+    status, summary, out, err = run(*words)
+    assert status == 0, err
+    assert summary["privacy"]["epsilon"] is None
+    assert summary["privacy"]["spent_by_this_run"] is None
+    assert summary["simulation"]["purity"] > 0.6
+    assert "not private: the client's images were read" in " ".join(out.split())
+    assert "ε =" not in out
+    with (tmp_path / "run" / "metrics/version_0/metrics.csv").open() as file:
+        assert "probe/epsilon" not in next(csv.reader(file))
+    status, summary, _, _ = run(*words)
+    assert status == 0
+    assert summary["privacy"]["epsilon"] is None
+
+
+def test_a_client_behind_a_mailbox_shows_no_images(run, tmp_path):
+    mailbox = ["client=mailbox", f"client.url={tmp_path}/box", "data.client=null"]
+    status, _, _, err = run("selection.strategy=mak", *mailbox, "data.classes=[a,b]")
+    assert status == 2
+    assert "selection.strategy=mak is not private" in err
+    assert err.count("\n") == 1, err
 
 
 def test_fast_dev_run_leaves_no_file(run, tmp_path):

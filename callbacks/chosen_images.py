@@ -84,7 +84,7 @@ def draw_chosen(found: Probed, num_images: int) -> Figure | None:
         return None
     title = (
         f"{len(cells)} of {len(proxy_set)} chosen images\n"
-        f"pseudo-label and its probability, from {proxy_set.label_source}"
+        f"label and its probability, from {proxy_set.label_source}"
     )
     return draw_grid(cells, title, _legend(found))
 

@@ -65,6 +65,8 @@ def asked(record: RunRecord) -> list[Block]:
 
 
 def _task(record: RunRecord) -> str:
+    if not record.has_proxy_set:
+        return "train a network on the client's own images"
     text = _named(_TASKS, record.option("task.name"))
     method = _METHODS.get(str(record.option("task.method")), "")
     return f"{text} {method}".strip()

@@ -10,7 +10,7 @@ from ecos_pl.report.pictures import Figures
 from ecos_pl.report.run_record import RunRecord
 from ecos_pl.report.words import counted, number, percent
 
-_MAX_ROWS = 24  # more classes than that are folded away
+_MAX_ROWS = 16  # longer tables are folded away
 
 
 def chosen(record: RunRecord, figures: Figures) -> list[Block]:
@@ -22,23 +22,29 @@ def chosen(record: RunRecord, figures: Figures) -> list[Block]:
     return [
         *([Side(side)] if side else []),
         Facts(_facts(record)),
-        *_domains(record),
-        *_labels(record),
+        *_beside([*_domains(record), *_labels(record)]),
         *([counts] if counts is not None else []),
         *_sources(record),
     ]
 
 
+def _beside(tables: list[Table]) -> list[Block]:
+    """Open tables side by side, folded ones below."""
+    shown = [table for table in tables if not table.folded]
+    return [*([Side(shown)] if shown else []), *(table for table in tables if table.folded)]
+
+
 def _facts(record: RunRecord) -> list[Fact]:
     proxy = record.fact("proxy")
     facts = [Fact("Chosen images", f"{proxy['size']:,}", f"of {record.pool_size:,} in the pool")]
-    facts.append(
-        Fact(
-            "Regions kept",
-            f"{proxy['kept_clusters']:,} of {proxy['num_clusters']:,}",
-            "groups (clusters) of similar public images that images were chosen from",
+    if proxy["kept_clusters"] < proxy["num_clusters"]:
+        facts.append(
+            Fact(
+                "Regions kept",
+                f"{proxy['kept_clusters']:,} of {proxy['num_clusters']:,}",
+                "groups (clusters) of similar public images that images were chosen from",
+            )
         )
-    )
     for name, key, note in (
         ("Filled up", "filled_up", "chosen beyond those regions, since they held too few"),
         ("Near-duplicates", "duplicates", "left out, since they look like one already chosen"),
@@ -49,9 +55,9 @@ def _facts(record: RunRecord) -> list[Fact]:
     return facts
 
 
-def _domains(record: RunRecord) -> list[Block]:
+def _domains(record: RunRecord) -> list[Table]:
     """Domains of the chosen images, beside what a random choice would hold."""
-    found: list[Block] = []
+    found = []
     for key, what in (("chosen_domains", "Domains"), ("chosen_classes", "True classes")):
         if rows := record.fact("simulation", key):
             found.append(_composition(record, f"{what} of the chosen images", rows))
@@ -80,7 +86,7 @@ def _composition(record: RunRecord, caption: str, rows: dict[str, Any]) -> Table
     )
 
 
-def _labels(record: RunRecord) -> list[Block]:
+def _labels(record: RunRecord) -> list[Table]:
     labels = Counter(record.labels)
     unlabelled = labels.pop("", 0)
     if not labels:

@@ -69,7 +69,7 @@ def _up(value: float) -> str:
 
 
 def _releases(record: RunRecord) -> list[Block]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             text,
             f"{one['repeats']:,}",
@@ -80,12 +80,15 @@ def _releases(record: RunRecord) -> list[Block]:
     ]
     if not rows:
         return []
+    header = ["answer", "times", "noise", "ε alone"]
+    if all(row[1] == "1" for row in rows):
+        header, rows = [header[0], *header[2:]], [(row[0], *row[2:]) for row in rows]
     note = (
         "Noise is the standard deviation of the random numbers that the client added, in units of "
         "what one image (or person) can change. ε of each answer is what it would cost alone; "
         "together they cost less than the sum."
     )
-    return [Table("Answers of the client", ["answer", "times", "noise", "ε alone"], rows, note)]
+    return [Table("Answers of the client", header, rows, note)]
 
 
 def _messages(record: RunRecord) -> list[Block]:

@@ -90,7 +90,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     ([0.0, 0.5, 1.0, 1.5, 2.0, 2.5], [90.0, 92.0, 94.0, 96.0, 98.0])
     """
     span = max(high - low, 1e-9 * max(1.0, abs(high)))
-    power = 10 ** math.floor(math.log10(span / (most - 1)))
+    power = 10.0 ** math.floor(math.log10(span / (most - 1)))
     for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         if last - first + 1 <= most:

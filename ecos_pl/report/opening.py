@@ -14,9 +14,9 @@ _HOW_CHOSEN = {
     "kind, which only a simulation can know",
 }
 _WHO_LABELLED = {
-    "client": "What the images show was worked out from the client's answers.",
-    "human": "What the images show was told by people.",
-    "public": "What the images show was known beforehand: they came with labels.",
+    "client": "What {they} show was worked out from the client's answers.",
+    "human": "What {they} show was told by people.",
+    "public": "What {they} show was known beforehand, from labels that came with them.",
     "none": "Nobody had to say what the images show.",
 }
 
@@ -26,8 +26,8 @@ def opening(record: RunRecord) -> list[str]:
     if not record.has_proxy_set:
         return [
             f"{_subject(record)} on the client's own images, on the client's side.",
-            "Nothing was sent or revealed. A weak device could not do this: the run is a yardstick "
-            "beside which others are read.",
+            "Nothing was sent or revealed: the run is a yardstick beside which others are read.",
+            *_results(record),
         ]
     size = record.fact("proxy", "size")
     how = _HOW_CHOSEN.get(
@@ -39,7 +39,7 @@ def opening(record: RunRecord) -> list[str]:
         f"{_subject(record)} {_verb(record)} {counted(size, 'public image')}.",
         f"{how}.",
         _cost(record),
-        _WHO_LABELLED.get(str(record.option("labels.name")).partition("_")[0], ""),
+        _labels(record),
         *_results(record),
     ]
 
@@ -70,6 +70,13 @@ def _cost(record: RunRecord) -> str:
         f"left it. All answers together cost a privacy loss of ε = {round_up(record.epsilon)}, "
         "explained below."
     )
+
+
+def _labels(record: RunRecord) -> str:
+    size, labelled = record.fact("proxy", "size"), record.fact("proxy", "num_labelled")
+    they = "the images" if labelled in (None, size) else f"{labelled:,} of the images"
+    who = str(record.option("labels.name")).partition("_")[0]
+    return _WHO_LABELLED.get(who, "").format(they=they)
 
 
 def _results(record: RunRecord) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ecos_pl.report.blocks import Block, Fact, Facts, Side, Source, Table
+from ecos_pl.report.blocks import Block, Fact, Facts, Side, Source, Table, Text
 from ecos_pl.report.curves import curves
 from ecos_pl.report.pictures import Figures
 from ecos_pl.report.run_record import RunRecord
 from ecos_pl.report.words import number, percent
 
-_MAX_ROWS = 24
+_MAX_ROWS = 16  # longer tables are folded away
 
 
 def training(record: RunRecord, figures: Figures) -> list[Block]:
@@ -98,8 +98,9 @@ def model(record: RunRecord) -> list[Block]:
         networks = ("network", teacher["backbone"], student["backbone"], "")
         rows = [networks, *_sizes(teacher, student)]
         return [Table("Teacher and student", ["", "teacher", "student", ""], rows, _SIZE_NOTE)]
-    facts = [("network", student["backbone"]), *(row[:2] for row in _sizes(student, student))]
-    return [Table("The trained network", ["", "value"], facts, _SIZE_NOTE)]
+    facts = [Fact("Network", student["backbone"])]
+    facts += [Fact(name.capitalize(), value) for name, value, *_ in _sizes(student, student)]
+    return [Facts(facts), Text(_SIZE_NOTE)]
 
 
 _SIZE_NOTE = (

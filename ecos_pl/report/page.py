@@ -10,7 +10,7 @@ import yaml  # type: ignore[import-untyped]
 
 from ecos_pl.accounting import round_up
 from ecos_pl.report.asked import asked
-from ecos_pl.report.blocks import Block, Fact, Files, Section, Source, Table, Text
+from ecos_pl.report.blocks import Block, Fact, Facts, Files, Section, Source, Table, Text
 from ecos_pl.report.choice import chosen, quality
 from ecos_pl.report.cost import cost
 from ecos_pl.report.opening import opening
@@ -163,7 +163,7 @@ def _again(record: RunRecord) -> list[Block]:
     return [*blocks, Files(_files(record.folder))]
 
 
-def _environment(record: RunRecord) -> Table | None:
+def _environment(record: RunRecord) -> Facts | None:
     found = record.fact("environment")
     if not found:
         return None
@@ -171,7 +171,7 @@ def _environment(record: RunRecord) -> Table | None:
     rows += [("system", found["platform"]), ("device", found["device"])]
     if found["num_processes"] > 1:
         rows.append(("processes", f"{found['num_processes']:,}"))
-    return Table("Environment", ["", "version"], rows, words=[1])
+    return Facts([Fact(name, str(value)) for name, value in rows], "Environment")
 
 
 def _files(folder: Path) -> Sequence[tuple[str, str, str]]:

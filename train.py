@@ -156,7 +156,9 @@ def train(config: Config) -> dict[str, Any]:
     start = time.perf_counter()
     import lightning as L
 
+    from ecos_pl.environment import environment_facts
     from ecos_pl.model_file import save_model
+    from ecos_pl.report import write_report
     from ecos_pl.storage import write_json
     from ecos_pl.summary import print_summary, summarise
 
@@ -204,6 +206,8 @@ def train(config: Config) -> dict[str, Any]:
         },
         **_sizes(module, teacher, scenario, trainer),
     )
+    _add_composition(summary, scenario, datamodule.probe_result)
+    summary["environment"] = environment_facts(trainer.strategy.root_device, trainer.world_size)
     if isinstance(config.task, CompressionOptions):
         summary["compression"] = _compressed(config, config.task, folder, module, datamodule)
         if not config.trainer.fast_dev_run:
@@ -215,6 +219,7 @@ def train(config: Config) -> dict[str, Any]:
             datamodule.probe_result.proxy_set.save(folder)
         if _deliver(config, folder, summary):
             write_json(folder / "summary.json", summary)
+        write_report(folder)
     if trainer.is_global_zero:
         print_summary(summary, folder)
     return summary
@@ -930,6 +935,18 @@ def _sizes(
             loader = image_loader(images, 64, num_workers=0, train=False, seed=0)
             sizes["teacher"]["test_accuracy"] = accuracy(teacher.model, loader)
     return sizes
+
+
+def _add_composition(summary: dict[str, Any], scenario: Scenario, probe: Any) -> None:
+    """Of which domains and classes the chosen images are, where the pool knows."""
+    from ecos_pl.composition import composition
+
+    if probe is None:
+        return
+    chosen, pool = probe.indices.tolist(), scenario.pool
+    for key, names in (("chosen_domains", pool.domains), ("chosen_classes", pool.labels)):
+        if (found := composition(names, chosen)) is not None:
+            summary["simulation"][key] = found
 
 
 # --- several processes ---------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class PrivacyStatement:
         if self.epsilon is None:
             return "not private: the client's images were read as they are, no ε holds"
         return (
-            f"ε = {_round_up(self.epsilon)} at δ = {self.delta:g}, per {self.unit}, "
+            f"ε = {round_up(self.epsilon)} at δ = {self.delta:g}, per {self.unit}, "
             f"{self.relation}, {self.accountant} accountant"
         )
 
@@ -130,7 +130,7 @@ def calibrate_noise_multiplier(
     max_epsilon = positive(max_epsilon, "max_epsilon")
     already = epsilon_of(spent, delta)
     if already > max_epsilon:
-        raise ValueError(f"ε = {_round_up(already)} is spent already, over {max_epsilon:g}")
+        raise ValueError(f"ε = {round_up(already)} is spent already, over {max_epsilon:g}")
 
     def fits(multiplier: float) -> bool:
         new = _new_release(multiplier, sample_rate, one_coordinate, repeats)
@@ -146,7 +146,7 @@ def calibrate_noise_multiplier(
         low, high = high, 2 * high
         if high > 1e6:
             raise ValueError(
-                f"no noise is large enough: ε = {_round_up(already)} of {max_epsilon:g} is spent"
+                f"no noise is large enough: ε = {round_up(already)} of {max_epsilon:g} is spent"
             )
     while (half := high / 2) > low and fits(half):
         high = half
@@ -155,9 +155,9 @@ def calibrate_noise_multiplier(
         middle = math.sqrt(low * high)
         low, high = (low, middle) if fits(middle) else (middle, high)
     # A short decimal, so that noise_std / sensitivity gives back the same multiplier.
-    multiplier = float(_round_up(high, digits=5))
+    multiplier = float(round_up(high, digits=5))
     while not fits(multiplier):  # the accountant's grid may shift by a hair
-        multiplier = float(_round_up(multiplier * 1.0001, digits=5))
+        multiplier = float(round_up(multiplier * 1.0001, digits=5))
     return multiplier
 
 
@@ -234,10 +234,10 @@ def _loss_distribution(mechanism: _Mechanism, exponent: int) -> Any:
     )
 
 
-def _round_up(number: float, digits: int = 3) -> str:
+def round_up(number: float, digits: int = 3) -> str:
     """Print with `digits` significant digits, rounded up: a printed ε must not understate.
 
-    >>> _round_up(0.72553), _round_up(12.0), _round_up(0.0)
+    >>> round_up(0.72553), round_up(12.0), round_up(0.0)
     ('0.726', '12.0', '0.00')
     """
     if not math.isfinite(number) or number == 0:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ecos_pl.accounting import PrivacyStatement
+from ecos_pl.accounting import PrivacyStatement, epsilon_of
 from ecos_pl.probe_result import ProbeResult
 from ecos_pl.proxy_set import licence_summary
 
@@ -76,6 +77,10 @@ def summarise(
             "from_disk": probe.from_disk,
         }
         summary["privacy"] = {**probe.privacy, "spent_by_this_run": probe.spent_now}
+        summary["releases"] = [
+            {**asdict(one), "epsilon": epsilon_of([one], probe.privacy["delta"])}
+            for one in probe.releases
+        ]
         summary["communication"] = dict(probe.communication)
     return summary
 
@@ -170,6 +175,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         times += f" ({seconds['per_step']:.3f} a step)"
     table.add_row("seconds", f"{times}; {seconds['total']:.1f} in all")
     table.add_row("files", str(folder))
+    if (folder / "report.html").is_file():
+        table.add_row("report", str(folder / "report.html"))
     console = Console(width=min(80, Console().width))
     console.print(table)
     console.print("  * simulation: measured with ground truth that only a benchmark has")

@@ -85,3 +85,16 @@ def job(data, tmp_path, monkeypatch, capsys):
         return status, seen, capsys.readouterr().err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def finished(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run done by train.py; to be read, not changed."""
+    import train
+    from tests.test_train import SMALL
+
+    root = tmp_path_factory.mktemp("runs")
+    data = ["data=folder", f"data.pool={image_tree}/pool", f"data.client={image_tree}/client"]
+    few = ["data.client_domain=bars", "labels.num_dims=6", "labels.num_views=2"]
+    assert train.main([*SMALL, *data, *few, f"run_root={root}", "run_id=run"]) == 0
+    return root / "run"

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.chosen_images import ChosenImages, draw_chosen, evenly_over_clusters
+from callbacks.chosen_images import ChosenImages, draw_chosen, draw_random, evenly_over_clusters
 from callbacks.coverage_figure import CoverageFigure
 from callbacks.probed import Probed
 from callbacks.run_timer import RunTimer, num_images
@@ -255,7 +255,10 @@ def test_the_baselines_have_no_coverage(tmp_path: Path) -> None:
     trainer = stub_trainer(tmp_path, Probed40(make_result(asked=False), None), loggers=[logger])
     for callback in (SamplingStatistics(), CoverageFigure(), ChosenImages(5)):
         callback.setup(trainer, Linear(), "fit")
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["chosen.png"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "chosen.png",
+        "random.png",
+    ]
     assert logger.got[0][1]["probe/kept_clusters"] == 5
 
 
@@ -321,6 +324,23 @@ def test_without_a_known_domain_no_colour_tells() -> None:
     assert figure.get_supxlabel() == ""
 
 
+def test_a_random_sample_of_the_pool_beside_it() -> None:
+    found = Probed(make_result(), SimpleNamespace(pool=Pool(), client_domain="photo"), {})
+    figure = draw_random(found, 39)
+    [axes] = figure.axes
+    assert len(axes.images) == 39  # all but the damaged one
+    texts = [text.get_text() for text in axes.texts]
+    names = [name or "" for i, name in enumerate(Pool.labels) if i != 9]
+    assert sorted(texts[::2]) == sorted(names)
+    assert texts[1::2].count("photo") == 19
+    assert len([line for line in axes.lines if line.get_linewidth() > 2]) == 19
+    assert figure.get_suptitle() == (
+        "39 of 40 images of the pool, drawn at random\nits own label and its domain"
+    )
+    again = draw_random(found, 7)
+    assert [text.get_text() for text in again.axes[0].texts] == texts[:14]
+
+
 @pytest.mark.parametrize("number", [0, -1])
 def test_number_of_images_is_checked(number: int) -> None:
     with pytest.raises(ValueError, match="num_images must be at least 1"):
@@ -334,7 +354,7 @@ def test_fit_and_test(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, all_callbacks(), logger=CSVLogger(tmp_path, name="csv"))
     module, datamodule = Linear(), Probed40(make_result())
     trainer.fit(module, datamodule)
-    for name in ("coverage", "chosen", "training"):
+    for name in ("coverage", "chosen", "random", "training"):
         check_picture(tmp_path / "figures" / f"{name}.png")
     untested = (tmp_path / "figures" / "training.png").read_bytes()
     chosen = (tmp_path / "figures" / "chosen.png").stat().st_mtime_ns
@@ -372,6 +392,7 @@ def test_a_test_alone_shows_the_probe_but_no_training(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "coverage.png",
         "chosen.png",
+        "random.png",
     }
 
 
@@ -491,7 +512,7 @@ def test_wandb_offline_gets_tables_histogram_and_pictures(tmp_path: Path) -> Non
     wandb.finish()
     media = next(tmp_path.glob("wandb/offline-run-*/files/media"))
     pictures = {path.name.rsplit("_", 2)[0] for path in (media / "images/figures").iterdir()}
-    assert pictures == {"coverage", "chosen", "training"}
+    assert pictures == {"coverage", "chosen", "random", "training"}
     contents = [json.loads(path.read_text()) for path in media.rglob("*.json")]
     columns = {tuple(table["columns"]): table["data"] for table in contents}
     assert len(columns[("cluster", "size", "quota", "kept", "noisy count")]) == 5

@@ -25,7 +25,7 @@ imports: $(ENVIRONMENT)
 	$(PYTHON) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
 unit: $(ENVIRONMENT)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 format: $(ENVIRONMENT)    ## fix what can be fixed, lay out
 	$(PYTHON) -m ruff check --fix .

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ _OPTIONS = (
     "--requeue",
     "--open-mode=append",
 )
+_PATIENCE_S = 5.0  # --list, too, holds a cell for a moment
 
 
 def write_script(
@@ -101,9 +103,11 @@ def become(cell: Cell, folder: StudyFolder) -> None:
         return
     # Of several tasks that share one run the first holds the lock for all.
     if os.environ.get("SLURM_PROCID", "0") == "0":
-        descriptor = folder.take(cell)
-        if descriptor is None:
-            raise ConfigError(f"another process is running {cell.run_id}")
+        end = time.monotonic() + _PATIENCE_S
+        while (descriptor := folder.take(cell)) is None:
+            if time.monotonic() > end:
+                raise ConfigError(f"another process is running {cell.run_id}")
+            time.sleep(0.2)
         os.set_inheritable(descriptor, True)
     sys.stdout.flush()
     command = command_of(cell, folder.root)

@@ -54,6 +54,7 @@ __all__ = [
     "PublicLabelsOptions",
     "SelectionOptions",
     "SelfLabelingOptions",
+    "SimulatedClientOptions",
     "TargetOptions",
     "TrainerOptions",
     "WandbOptions",
@@ -97,9 +98,6 @@ class MnistFashionOptions(Part):
 
     name: str = "mnist_fashion"
     root: str = option("data", "folder that holds torchvision's MNIST and FashionMNIST")
-    num_client: int = option(
-        1000, "the client's images, out of MNIST's test part; the rest measures", minimum=1
-    )
 
 
 @dataclass
@@ -134,6 +132,29 @@ class SimulatedClientOptions(Part):
     """A client in this process, from the data's own client images: for benchmarks."""
 
     name: str = "simulated"
+    domain: str | None = option(
+        None, "domain that the client's images come from, in data of several; null: the data's own"
+    )
+    fraction: float | None = option(
+        None,
+        "share of the domain's images, or of the data's client images, that the client has; null: "
+        "as the data say",
+        above=0,
+        maximum=1,
+    )
+    size: int | None = option(
+        None, "the client's training images, in place of client.fraction", minimum=1
+    )
+    classes: list[str] = option(
+        [], "the only classes that the client has and the model tells apart, as in [0,1]; []: all"
+    )
+    imbalance: float | None = option(
+        None,
+        "Dirichlet concentration of the client's class shares, in training and test: 0.1 very "
+        "unequal, 100 nearly equal; null: classes as they come",
+        above=0,
+    )
+    seed: int = option(0, "of the draw of the client's images", minimum=0, maximum=2**32 - 1)
 
 
 @dataclass

@@ -85,7 +85,7 @@ def domain_scenario(
     own_classes = classes_of(draw, classes)
     codes = class_codes(mine.train, own_classes)
     if mine.test is None:
-        held_out = _held_out(len(codes))
+        held_out = set_aside(len(codes))
         test, test_codes = mine.train, np.where(held_out, codes, -1)
         codes = np.where(held_out, -1, codes)
     else:
@@ -138,7 +138,7 @@ def _all_of(domain: Domain) -> PoolRows:
     return PoolRows(domain.train, rows, has_domains=False)  # their domain is the pool's name
 
 
-def _held_out(num: int) -> npt.NDArray[np.bool_]:
+def set_aside(num: int) -> npt.NDArray[np.bool_]:
     """Which images measure [N]; the same ones whatever the client is."""
     order = torch.randperm(num, generator=torch.Generator().manual_seed(0)).numpy()
     mask = np.zeros(num, bool)

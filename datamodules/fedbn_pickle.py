@@ -1,9 +1,10 @@
 """Pickled data sets, read without running what a pickle may hold.
 
-FedBN (med-air/FedBN) and SplitMix hand out digits and path lists as pickled numpy arrays, ImageNet-32
-comes so too. A pickle is a program: it may call any function of any package. Here it gets none but
-those below, which make arrays of numbers and text; not even numpy's own, since `dtype.__setstate__`
-believes whatever a file says of memory. Still an opt-in: `data.allow_pickle=true`.
+FedBN (med-air/FedBN) and SplitMix hand out digits and path lists as pickled numpy arrays, and
+ImageNet-32 comes so too. A pickle is a program: it may call any function of any package. Here it
+gets none but those below, which make arrays of numbers and text; not even numpy's own, since
+`dtype.__setstate__` believes whatever a file says of memory. Still an opt-in:
+`data.allow_pickle=true`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+Order = Literal["C", "F"]
 
 _SIMPLE = re.compile(r"[biuf][1248]|b1|[US]\d+|O\d?")
 
@@ -92,7 +95,7 @@ class _Array:
         _, shape, dtype, is_fortran, content = state
         if not isinstance(dtype, _Dtype):
             raise _Refused("an array of no known type")
-        order = "F" if is_fortran else "C"
+        order: Order = "F" if is_fortran else "C"
         if dtype.is_object and isinstance(content, list):
             flat = np.empty(len(content), object)
             for place, item in enumerate(content):  # at once, lists would become rows
@@ -106,12 +109,12 @@ def _reconstruct(*_: Any) -> _Array:
     return _Array()
 
 
-def _from_bytes(content: Any, dtype: _Dtype, shape: tuple[int, ...], order: str = "C") -> Any:
+def _from_bytes(content: Any, dtype: _Dtype, shape: tuple[int, ...], order: Order = "C") -> Any:
     """Also numpy's `_frombuffer`, of pickle protocol 5."""
     content = content.encode("latin1") if isinstance(content, str) else content
     if dtype.is_object:
         raise _Refused("an array of addresses in memory")
-    return np.frombuffer(content, dtype.dtype()).reshape(shape, order=order)  # type: ignore[call-overload]
+    return np.frombuffer(content, dtype.dtype()).reshape(shape, order=order)
 
 
 def _scalar(dtype: _Dtype, content: Any = b"") -> Any:

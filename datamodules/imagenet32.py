@@ -1,7 +1,7 @@
 """ImageNet-32: ImageNet's 1,281,167 training images at 32×32, as the client's public pool.
 
-The official ten files of https://image-net.org/download-images ("Downsampled"; Chrabaszcz, Loshchilov,
-Hutter, arXiv 1707.08819), in either packaging:
+The official ten files of https://image-net.org/download-images ("Downsampled"; Chrabaszcz,
+Loshchilov, Hutter, arXiv 1707.08819), in either packaging:
 
     train_data_batch_1.npz … train_data_batch_10.npz    Imagenet32_train_npz.zip
     train_data_batch_1     … train_data_batch_10        Imagenet32_train.zip: Python pickles
@@ -19,7 +19,9 @@ import logging
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +34,13 @@ from datamodules.fedbn_pickle import load_pickle
 from datamodules.listed_images import damaged, text_lines
 from ecos_pl.columns import Coded, Constant, Joined, Numbered
 from ecos_pl.images import PoolPart
-from ecos_pl.storage import committed_folder, fingerprint_of, read_json, write_json
+from ecos_pl.storage import (
+    committed_folder,
+    fingerprint_of,
+    one_at_a_time,
+    read_json,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -226,14 +234,15 @@ def _unpacked(
 ) -> Path:
     """The member as a file in the cache; zipfile compares its checksum."""
     kept = _kept(path, cache_dir)
-    if not kept.is_dir():
-        log.info("ImageNet-32: unpacking %s to %s", path.name, kept)
-        with (
-            committed_folder(kept) as aside,
-            archive.open(member) as packed,
-            (aside / "data.npy").open("wb") as copy,
-        ):
-            shutil.copyfileobj(packed, copy, 1 << 20)
+    with _one_process(kept):
+        if not kept.is_dir():
+            log.info("ImageNet-32: unpacking %s to %s", path.name, kept)
+            with (
+                committed_folder(kept) as aside,
+                archive.open(member) as packed,
+                (aside / "data.npy").open("wb") as copy,
+            ):
+                shutil.copyfileobj(packed, copy, 1 << 20)
     return kept / "data.npy"
 
 
@@ -243,36 +252,41 @@ def _kept(path: Path, cache_dir: Path) -> Path:
     return cache_dir / "imagenet32" / f"{path.stem}-{key}"
 
 
+def _one_process(kept: Path) -> AbstractContextManager[None]:
+    """Of several on one machine, one fills the cache and the others wait."""
+    return one_at_a_time(kept.with_name(f"{kept.name}.lock"), "ImageNet-32 is being unpacked")
+
+
 # --- the pickled packaging ---
 
 
 def _of_pickle(path: Path, cache_dir: Path) -> tuple[_Batch, npt.NDArray[Any]]:
     kept = _kept(path, cache_dir)
-    if not kept.is_dir():
-        found = load_pickle(path, advice=ADVICE)
-        try:
-            if not isinstance(found, Mapping) or not {"data", "labels"} <= found.keys():
-                raise ValueError("it is no dictionary of data and labels")
-            pixels, codes = np.asarray(found["data"]), np.asarray(found["labels"])
-            if pixels.dtype != np.uint8 or pixels.shape[1:] != (_ROW,):
-                raise ValueError(
-                    f"data is {pixels.dtype} {pixels.shape}, not uint8 (images, {_ROW})"
-                )
-        except ValueError as error:
-            raise ValueError(_broken(path, error)) from error
-        log.info("ImageNet-32: copying %s to %s", path.name, kept)
-        with committed_folder(kept) as aside:
-            np.save(aside / "data.npy", np.ascontiguousarray(pixels))
-            np.save(aside / "labels.npy", codes, allow_pickle=False)
-            write_json(aside / "facts.json", {"checksum": _crc32(aside / "data.npy")})
+    with _one_process(kept):
+        if not kept.is_dir():
+            pixels, codes = _unpickled(path)
+            log.info("ImageNet-32: copying %s to %s", path.name, kept)
+            with committed_folder(kept) as aside:
+                np.save(aside / "data.npy", np.ascontiguousarray(pixels))
+                np.save(aside / "labels.npy", codes, allow_pickle=False)
+                write_json(aside / "facts.json", {"checksum": _crc32(aside / "data.npy")})
     with (kept / "data.npy").open("rb") as file:
         batch = _mapped(kept / "data.npy", file, read_json(kept / "facts.json")["checksum"])
     return batch, np.load(kept / "labels.npy", allow_pickle=False)
 
 
-def _crc32(path: Path) -> int:
-    import zlib
+def _unpickled(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
+    found = load_pickle(path, advice=ADVICE)
+    if not isinstance(found, Mapping) or not {"data", "labels"} <= found.keys():
+        raise ValueError(_broken(path, "it is no dictionary of data and labels"))
+    pixels, codes = np.asarray(found["data"]), np.asarray(found["labels"])
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (_ROW,):
+        problem = f"data is {pixels.dtype} {pixels.shape}, not uint8 (images, {_ROW})"
+        raise ValueError(_broken(path, problem))
+    return pixels, codes
 
+
+def _crc32(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -290,7 +304,7 @@ def _check_labels(path: Path, batch: _Batch, codes: npt.NDArray[Any]) -> None:
         problem = f"labels are not 1 to {_NUM_CLASSES}" if batch.num else "it holds no images"
     else:
         return
-    raise ValueError(_broken(path, ValueError(problem)))
+    raise ValueError(_broken(path, problem))
 
 
 def _class_names(path: Path) -> list[str]:
@@ -307,8 +321,6 @@ def _class_names(path: Path) -> list[str]:
     return [names[number] for number in sorted(names)]
 
 
-def _broken(path: Path, error: Exception) -> str:
+def _broken(path: Path, error: Exception | str) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, KeyError):
-        reason = f"it holds no {reason}"
     return f"{str(path)!r} is damaged or half-downloaded ({reason}); {ADVICE}"

@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ecos_pl.columns import Coded, Column, Constant
+from ecos_pl.columns import Coded, Constant, Picked
 from ecos_pl.images import FolderSource, PoolPart
-
-T = TypeVar("T")
 
 
 class ListedImages:
@@ -67,24 +65,6 @@ class ListedImages:
     def read(self, index: int) -> Image.Image:
         """The image at `index` in mode RGB; raises `UnreadableImage`."""
         return self._folder.read(int(self._rows[index]))
-
-
-class Picked(Column[T]):
-    """Some values of another sequence.
-
-    >>> list(Picked("abc", np.array([0, 2])))
-    ['a', 'c']
-    """
-
-    def __init__(self, whole: Sequence[T], rows: npt.NDArray[np.int64]) -> None:
-        self._whole, self._rows = whole, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def value(self, place: int) -> T:
-        """See `Column`."""
-        return self._whole[int(self._rows[place])]
 
 
 def rows_of(

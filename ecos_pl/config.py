@@ -35,6 +35,8 @@ from ecos_pl.overrides import (
 )
 
 __all__ = [
+    "CelebaUtkfaceOptions",
+    "Cifar10ImageNet32Options",
     "ClientPrototypesOptions",
     "CommandLine",
     "CompressionOptions",
@@ -42,6 +44,8 @@ __all__ = [
     "ConfigError",
     "CsvOptions",
     "DistillationOptions",
+    "DomainNet10Options",
+    "DomainNetOptions",
     "EncoderOptions",
     "FolderOptions",
     "HumanLabelsOptions",
@@ -100,6 +104,66 @@ class MnistFashionOptions(Part):
     root: str = option("data", "folder that holds torchvision's MNIST and FashionMNIST")
 
 
+_ALLOW_PICKLE = "; pickles may hold programs, of which nothing but arrays and text is read"
+_REST = (
+    "what becomes of those training images of {} that are not the client's: pool, as its part in "
+    "the client's domain, or unused"
+)
+
+
+@dataclass
+class DomainNetOptions(Part):
+    """DomainNet, 345 classes: half of one of six domains is the client's."""
+
+    name: str = "domainnet"
+    root: str = option(
+        "data/DomainNet", "folder with clipart, infograph, painting, quickdraw, real and sketch"
+    )
+
+
+@dataclass
+class DomainNet10Options(Part):
+    """DomainNet's ten most frequent classes: half of one of six domains is the client's."""
+
+    name: str = "domainnet10"
+    root: str = option(
+        "data/DomainNet", "folder with clipart, infograph, painting, quickdraw, real and sketch"
+    )
+    allow_pickle: bool = option(
+        False, f"split as FedBN's DOMAIN_train.pkl and DOMAIN_test.pkl say{_ALLOW_PICKLE}"
+    )
+
+
+@dataclass
+class Cifar10ImageNet32Options(Part):
+    """A client with CIFAR-10, ImageNet at 32×32 as the pool."""
+
+    name: str = "cifar10_imagenet32"
+    root: str = option("data", "folder that holds torchvision's cifar-10-batches-py")
+    imagenet_root: str = option(
+        "data/imagenet32", "folder with train_data_batch_1.npz to train_data_batch_10.npz"
+    )
+    num_files: int = option(10, "the first so many of those ten files", minimum=1, maximum=10)
+    rest: str = option("pool", _REST.format("CIFAR-10"), choices=("pool", "unused"))
+    allow_pickle: bool = option(False, f"read the pickled packaging of ImageNet-32{_ALLOW_PICKLE}")
+    download: bool = option(False, "let torchvision fetch CIFAR-10 where it is missing")
+
+
+@dataclass
+class CelebaUtkfaceOptions(Part):
+    """A client with CelebA's faces, UTKFace and Tiny-ImageNet as the pool."""
+
+    name: str = "celeba_utkface"
+    root: str = option("data", "folder that holds celeba, UTKFace and tiny-imagenet-200")
+    target: str = option(
+        "Male", "CelebA's attribute to tell apart; UTKFace's labels know Male alone"
+    )
+    rest: str = option("unused", _REST.format("CelebA"), choices=("pool", "unused"))
+    tiny_imagenet: bool | None = option(
+        None, "Tiny-ImageNet as an irrelevant part of the pool; null: where it is there"
+    )
+
+
 @dataclass
 class FolderOptions(Part):
     """Your own images, in folders."""
@@ -117,7 +181,9 @@ class FolderOptions(Part):
         ".npz, .safetensors or .parquet with ids; null: the encoder runs here",
     )
     client: str | None = option(
-        None, "folder of the client's images, for a simulation; none with client=mailbox"
+        None,
+        "the client's images, for a simulation: a folder with train and test, torchvision:NAME or "
+        "hf:FOLDER; none with client=mailbox",
     )
     classes: list[str] = option(
         [], "the client's class names, as in [cat,dog], where its images are not here"
@@ -693,7 +759,15 @@ class Config:
         "simulations",
         choices=("proxy_set", "client"),
     )
-    data: Part = part(MixedDigitsOptions, MnistFashionOptions, FolderOptions)
+    data: Part = part(
+        MixedDigitsOptions,
+        MnistFashionOptions,
+        DomainNet10Options,
+        DomainNetOptions,
+        Cifar10ImageNet32Options,
+        CelebaUtkfaceOptions,
+        FolderOptions,
+    )
     client: Part = part(SimulatedClientOptions, MailboxOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     probe: ProbeOptions = field(default_factory=ProbeOptions)

@@ -82,7 +82,10 @@ def make_imagenet32(
     return images, labels
 
 
-CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_CLASSES = [
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+]
 
 
 def make_cifar10(root: Path, monkeypatch, *, per_batch: int = 40) -> Path:

@@ -33,6 +33,10 @@ SETTINGS = settings(
 PARTS = [
     ["data=mixed_digits"],
     ["data=mnist_fashion", "data.root=R"],
+    ["data=domainnet10", "data.root=R", "data.allow_pickle=true"],
+    ["data=domainnet", "data.root=R"],
+    ["data=cifar10_imagenet32", "data.num_files=2", "data.rest=unused"],
+    ["data=celeba_utkface", "data.target=Smiling", "data.tiny_imagenet=false"],
     [*FOLDER, "data.client_domain=mnist"],
     ["labels=client_prototypes", "labels.noise_multiplier=1e-5"],
     ["labels=client_table", "labels.noise_std=4.5", "labels.features=final"],

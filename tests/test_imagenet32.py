@@ -152,4 +152,4 @@ def test_what_is_missing_or_damaged_is_one_line_on_how_to_get_it(root, packed, b
     assert "https://image-net.org/download-images" in str(caught.value)
     assert str(root) in str(caught.value)
     kept = root.parent / "cache/imagenet32"
-    assert not [path for path in kept.glob(".*")]
+    assert not list(kept.glob(".*"))  # nothing half-written

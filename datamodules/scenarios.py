@@ -8,6 +8,7 @@ from datamodules.client_draw import ClientDraw
 from datamodules.scenario import Scenario
 from ecos_pl.config import (
     ConfigError,
+    Digits5Options,
     FolderOptions,
     MailboxOptions,
     MnistFashionOptions,
@@ -33,6 +34,17 @@ def open_scenario(data: Part, client: Part, *, cache_dir: Path) -> Scenario:
         from datamodules.mnist_fashion import mnist_fashion
 
         return mnist_fashion(Path(data.root), draw)
+    if isinstance(data, Digits5Options):
+        from datamodules.digits5 import digits5
+
+        return digits5(
+            Path(data.root).expanduser(),
+            draw,
+            cache_dir=cache_dir,
+            domains=data.domains,
+            download=data.download,
+            allow_pickle=data.allow_pickle,
+        )
     from datamodules.narrowed import narrowed
 
     if isinstance(data, FolderOptions):

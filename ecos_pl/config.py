@@ -41,6 +41,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "CsvOptions",
+    "Digits5Options",
     "DistillationOptions",
     "EncoderOptions",
     "FolderOptions",
@@ -98,6 +99,21 @@ class MnistFashionOptions(Part):
 
     name: str = "mnist_fashion"
     root: str = option("data", "folder that holds torchvision's MNIST and FashionMNIST")
+
+
+@dataclass
+class Digits5Options(Part):
+    """MNIST, SVHN, USPS, SynthDigits and MNIST-M: one domain is the client's, see client.domain."""
+
+    name: str = "digits5"
+    root: str = option("data", "folder of the data sets: docs/datasets.md")
+    domains: list[str] = option(
+        ["mnist", "svhn", "usps", "synth_digits", "mnist_m"], "which domains, as in [mnist,usps]"
+    )
+    download: bool = option(False, "fetch what is missing of MNIST, SVHN and USPS")
+    allow_pickle: bool = option(
+        False, "read FedBN's partitions/train_part*.pkl: pickles can hide programs"
+    )
 
 
 @dataclass
@@ -693,7 +709,7 @@ class Config:
         "simulations",
         choices=("proxy_set", "client"),
     )
-    data: Part = part(MixedDigitsOptions, MnistFashionOptions, FolderOptions)
+    data: Part = part(MixedDigitsOptions, MnistFashionOptions, Digits5Options, FolderOptions)
     client: Part = part(SimulatedClientOptions, MailboxOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     probe: ProbeOptions = field(default_factory=ProbeOptions)

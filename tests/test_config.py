@@ -33,6 +33,7 @@ SETTINGS = settings(
 PARTS = [
     ["data=mixed_digits"],
     ["data=mnist_fashion", "data.root=R"],
+    ["data=digits5", "data.domains=[usps,mnist]", "data.allow_pickle=true"],
     [*FOLDER, "data.client_domain=mnist"],
     ["labels=client_prototypes", "labels.noise_multiplier=1e-5"],
     ["labels=client_table", "labels.noise_std=4.5", "labels.features=final"],

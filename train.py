@@ -201,6 +201,8 @@ def train(config: Config) -> dict[str, Any]:
         },
         **_sizes(module, teacher, scenario, trainer),
     )
+    if datamodule.client_facts:
+        summary["simulation"]["client"] = datamodule.client_facts
     if isinstance(config.task, CompressionOptions):
         summary["compression"] = _compressed(config, config.task, folder, module, datamodule)
         if not config.trainer.fast_dev_run:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from datamodules.array_pickle import load_or_advise
 from datamodules.client_draw import ClientDraw
 from datamodules.domains import Domain, domain_scenario
-from datamodules.fedbn_pickle import load_pickle
 from datamodules.folder_pool import open_folder_pool
 from datamodules.listed_images import (
     ListedImages,
@@ -115,7 +115,7 @@ def domainnet_domain(
         domain: One of `DOMAINS`.
         cache_dir: Where the listing is kept.
         classes: Those to keep; None for all.
-        allow_pickle: Read the pickled lists (see `fedbn_pickle.py`), which must then be there.
+        allow_pickle: Read the pickled lists (see `array_pickle.py`), which must then be there.
 
     Raises:
         ValueError: One line: something is missing, half unpacked, or a list is damaged.
@@ -215,7 +215,7 @@ def _official(path: Path, domain: str) -> dict[str, str]:
 
 def _pickled(path: Path, domain: str) -> dict[str, str]:
     """Class of each image of a pickled list, by path below the domain's folder."""
-    listed = load_pickle(path, advice=_PICKLE_ADVICE)
+    listed = load_or_advise(path, advice=_PICKLE_ADVICE)
     columns = [np.asarray(column).tolist() for column in listed] if _is_pair(listed) else []
     if len(columns) != 2 or not all(isinstance(text, str) for text in [*columns[0], *columns[1]]):
         raise ValueError(

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from datamodules.fedbn_pickle import load_pickle
+from datamodules.array_pickle import load_or_advise
 from datamodules.listed_images import damaged, text_lines
 from ecos_pl.columns import Coded, Constant, Joined, Numbered
 from ecos_pl.images import PoolPart
@@ -140,7 +140,7 @@ def imagenet32(
     Args:
         root: Folder with the files.
         cache_dir: Where compressed pixels are unpacked to.
-        allow_pickle: Read the pickled packaging too (see `fedbn_pickle.py`).
+        allow_pickle: Read the pickled packaging too (see `array_pickle.py`).
         num_files: The first so many of the ten files; an eleventh does not exist.
 
     Raises:
@@ -276,7 +276,7 @@ def _of_pickle(path: Path, cache_dir: Path) -> tuple[_Batch, npt.NDArray[Any]]:
 
 
 def _unpickled(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
-    found = load_pickle(path, advice=ADVICE)
+    found = load_or_advise(path, advice=ADVICE)
     if not isinstance(found, Mapping) or not {"data", "labels"} <= found.keys():
         raise ValueError(_broken(path, "it is no dictionary of data and labels"))
     pixels, codes = np.asarray(found["data"]), np.asarray(found["labels"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from datamodules.client_draw import ClientDraw
@@ -10,6 +11,7 @@ from ecos_pl.config import (
     CelebaUtkfaceOptions,
     Cifar10ImageNet32Options,
     ConfigError,
+    Digits5Options,
     DomainNet10Options,
     DomainNetOptions,
     FolderOptions,
@@ -37,6 +39,17 @@ def open_scenario(data: Part, client: Part, *, cache_dir: Path) -> Scenario:
         from datamodules.mnist_fashion import mnist_fashion
 
         return mnist_fashion(Path(data.root), draw)
+    if isinstance(data, Digits5Options):
+        from datamodules.digits5 import digits5
+
+        return digits5(
+            Path(data.root).expanduser(),
+            draw,
+            cache_dir=cache_dir,
+            domains=data.domains,
+            download=data.download,
+            allow_pickle=data.allow_pickle,
+        )
     if isinstance(data, (DomainNetOptions, DomainNet10Options)):
         from datamodules.domainnet import domainnet
 
@@ -125,7 +138,7 @@ def _folder_scenario(
             check_apart(folder, Path(options.client))
         return narrowed(folder_data(pool, Path(options.client), domain), draw)
     whole = Scenario("folder", pool, client.train, client.test, client.classes, domain)
-    scenario = narrowed(whole, draw)
+    scenario = replace(narrowed(whole, draw), repeats_allowed=True)  # public data have some
     assert scenario.client_train is not None
     assert scenario.client_test is not None
     used = client, [scenario.client_train, scenario.client_test]

@@ -43,6 +43,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "CsvOptions",
+    "Digits5Options",
     "DistillationOptions",
     "DomainNet10Options",
     "DomainNetOptions",
@@ -161,6 +162,21 @@ class CelebaUtkfaceOptions(Part):
     rest: str = option("unused", _REST.format("CelebA"), choices=("pool", "unused"))
     tiny_imagenet: bool | None = option(
         None, "Tiny-ImageNet as an irrelevant part of the pool; null: where it is there"
+    )
+
+
+@dataclass
+class Digits5Options(Part):
+    """MNIST, SVHN, USPS, SynthDigits and MNIST-M: one domain is the client's, see client.domain."""
+
+    name: str = "digits5"
+    root: str = option("data", "folder of the data sets: docs/datasets.md")
+    domains: list[str] = option(
+        ["mnist", "svhn", "usps", "synth_digits", "mnist_m"], "which domains, as in [mnist,usps]"
+    )
+    download: bool = option(False, "fetch what is missing of MNIST, SVHN and USPS")
+    allow_pickle: bool = option(
+        False, "read FedBN's partitions/train_part*.pkl: pickles can hide programs"
     )
 
 
@@ -762,6 +778,7 @@ class Config:
     data: Part = part(
         MixedDigitsOptions,
         MnistFashionOptions,
+        Digits5Options,
         DomainNet10Options,
         DomainNetOptions,
         Cifar10ImageNet32Options,

@@ -33,6 +33,7 @@ SETTINGS = settings(
 PARTS = [
     ["data=mixed_digits"],
     ["data=mnist_fashion", "data.root=R"],
+    ["data=digits5", "data.domains=[usps,mnist]", "data.allow_pickle=true"],
     ["data=domainnet10", "data.root=R", "data.allow_pickle=true"],
     ["data=domainnet", "data.root=R"],
     ["data=cifar10_imagenet32", "data.num_files=2", "data.rest=unused"],

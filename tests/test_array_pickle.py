@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from datamodules.fedbn_pickle import load_pickle
+from datamodules.array_pickle import load_or_advise
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
 FOUND = [
@@ -43,7 +43,7 @@ def check_equal(found, expected):
 def test_arrays_and_text_come_out_equal(tmp_path, expected, protocol):
     path = tmp_path / "x.pkl"
     path.write_bytes(pickle.dumps(expected, protocol))
-    check_equal(load_pickle(path, advice="…"), expected)
+    check_equal(load_or_advise(path, advice="…"), expected)
 
 
 def test_names_of_numpy_1_and_2_are_one(tmp_path):
@@ -51,7 +51,7 @@ def test_names_of_numpy_1_and_2_are_one(tmp_path):
     here = "numpy._core" if "numpy._core" in text else "numpy.core"
     for name in ("numpy.core", "numpy._core"):
         path.write_bytes(text.replace(here, name).encode("latin1"))
-        check_equal(load_pickle(path, advice="…"), PIXELS)
+        check_equal(load_or_advise(path, advice="…"), PIXELS)
 
 
 def test_what_python_2_wrote_is_read(tmp_path):
@@ -63,7 +63,7 @@ def test_what_python_2_wrote_is_read(tmp_path):
         b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
         b"U\x06\xc8\xc9\xca\xcb\xcc\xcdtb."
     )
-    check_equal(load_pickle(path, advice="…"), np.arange(200, 206, dtype=np.uint8))
+    check_equal(load_or_advise(path, advice="…"), np.arange(200, 206, dtype=np.uint8))
 
 
 class Command:
@@ -100,7 +100,7 @@ def test_everything_else_is_refused_and_not_run(tmp_path, monkeypatch, held, nam
     path = tmp_path / "x.pkl"
     path.write_bytes(pickle.dumps(held, 2))
     with pytest.raises(ValueError, match=named) as caught:
-        load_pickle(path, advice="…")
+        load_or_advise(path, advice="…")
     assert "\n" not in str(caught.value)
     assert "x.pkl" in str(caught.value)
     assert not (tmp_path / "was_here").exists()
@@ -112,8 +112,8 @@ def test_what_is_damaged_or_missing_is_one_line_with_advice(tmp_path):
     for content in (written[:-5], written[:60], b"", b"no pickle", b"\x80\x02]q\x00."[:-1]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="no whole pickle") as caught:
-            load_pickle(path, advice="get it there")
+            load_or_advise(path, advice="get it there")
         assert str(caught.value).endswith("get it there")
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="is not there; get it there"):
-        load_pickle(tmp_path / "none.pkl", advice="get it there")
+        load_or_advise(tmp_path / "none.pkl", advice="get it there")

@@ -1,8 +1,8 @@
-"""Pickled data sets, read without running what a pickle may hold.
+"""Pickled NumPy arrays, read without running what else a pickle may hold.
 
-FedBN (med-air/FedBN) and SplitMix hand out digits and path lists as pickled numpy arrays, and
+FedBN (med-air/FedBN) and SplitMix hand out digits and path lists as pickled NumPy arrays, and
 ImageNet-32 comes so too. A pickle is a program: it may call any function of any package. Here it
-gets none but those below, which make arrays of numbers and text; not even numpy's own, since
+gets none but those below, which make arrays of numbers and text; not even NumPy's own, since
 `dtype.__setstate__` believes whatever a file says of memory. Still an opt-in:
 `data.allow_pickle=true`.
 """
@@ -22,28 +22,32 @@ Order = Literal["C", "F"]
 _SIMPLE = re.compile(r"[biuf][1248]|b1|[US]\d+|O\d?")
 
 
-def load_pickle(path: Path, *, advice: str) -> Any:
-    """What a pickle file holds: dicts, lists, tuples, text, numbers, and numpy arrays of them.
+def load_arrays(path: Path) -> Any:
+    """What a pickle file holds: dicts, lists, tuples, text, numbers, and NumPy arrays of them.
 
     Text of Python 2 is read as Latin-1.
 
+    Raises:
+        ValueError: It names anything else.
+        Exception: It is damaged; `pickle` and NumPy raise what they like.
+    """
+    with path.open("rb") as file:
+        return _plain(_Unpickler(file, encoding="latin1").load())
+
+
+def load_or_advise(path: Path, *, advice: str) -> Any:
+    """As `load_arrays`, but whatever is wrong is one line (ValueError) that names the file.
+
     Args:
         path: The file.
-        advice: How to get a whole one, for the error.
-
-    Raises:
-        ValueError: One line: the file is missing or damaged, or asks for anything else.
+        advice: How to get a whole one.
     """
     try:
-        with path.open("rb") as file:
-            return _plain(_Unpickler(file, encoding="latin1").load())
+        return load_arrays(path)
     except FileNotFoundError:
         raise ValueError(f"looked for {str(path)!r}: it is not there; {advice}") from None
     except _Refused as error:
-        raise ValueError(
-            f"{str(path)!r} is refused: it asks for {error}, and a pickle of arrays and text needs "
-            "no such thing; do not open it elsewhere either"
-        ) from None
+        raise ValueError(f"{str(path)!r} is refused: {error}; do not open it elsewhere") from None
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes raise nearly anything
@@ -51,8 +55,11 @@ def load_pickle(path: Path, *, advice: str) -> Any:
         raise ValueError(f"{str(path)!r} is no whole pickle ({reason}); {advice}") from error
 
 
-class _Refused(Exception):
-    """Something other than arrays and text; the text is what."""
+class _Refused(ValueError):
+    """Something other than arrays and text."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"it names {what}, which is no part of an array: not run")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -94,7 +101,7 @@ class _Array:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, is_fortran, content = state
         if not isinstance(dtype, _Dtype):
-            raise _Refused("an array of no known type")
+            raise _Refused("an unknown type")
         order: Order = "F" if is_fortran else "C"
         if dtype.is_object and isinstance(content, list):
             flat = np.empty(len(content), object)
@@ -113,7 +120,7 @@ def _from_bytes(content: Any, dtype: _Dtype, shape: tuple[int, ...], order: Orde
     """Also numpy's `_frombuffer`, of pickle protocol 5."""
     content = content.encode("latin1") if isinstance(content, str) else content
     if dtype.is_object:
-        raise _Refused("an array of addresses in memory")
+        raise _Refused("addresses in memory")
     return np.frombuffer(content, dtype.dtype()).reshape(shape, order=order)
 
 

@@ -9,7 +9,7 @@ Loshchilov, Hutter, arXiv 1707.08819), in either packaging:
 Each holds `data` [n, 3072] uint8 (red, green and blue planes) and `labels` [n], 1…1000 in the order
 of ImageNet's map_clsloc.txt. The pixels, 3.9 GB, are never in memory: they are memory-mapped, in
 place where the .npz is stored uncompressed, else from a copy in the cache that is made once (one
-file at a time: a pickle takes 400 MB of memory while it is copied).
+file at a time: a pickle takes 400 MB of memory while it is copied, 1 GB if of protocol 2).
 """
 
 from __future__ import annotations

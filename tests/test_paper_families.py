@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 import torchvision.datasets
 
+import train
 from datamodules.celeba_utkface import celeba_utkface
 from datamodules.cifar10_imagenet32 import CLASSES, cifar10_imagenet32
 from datamodules.client_draw import ClientDraw
+from datamodules.domainnet import TEN_CLASSES
+from datamodules.scenarios import open_scenario
+from ecos_pl.config import load_config
 from tests.miniatures import (
     CIFAR10_CLASSES,
     make_celeba,
     make_cifar10,
+    make_domainnet,
+    make_fedbn_lists,
     make_imagenet32,
     make_tiny_imagenet,
     make_utkface,
@@ -158,3 +164,75 @@ def test_everything_is_the_pool_of_a_client_elsewhere(faces):
     assert scenario.client_train is None
     assert len(scenario.pool) == 20 + 14
     assert len(faces(None).pool) == 14
+
+
+# --- from the command line ---
+
+
+@pytest.fixture
+def scenario_of(tmp_path):
+    def call(*argv):
+        config = load_config(argv, config_dir=tmp_path)
+        return open_scenario(config.data, config.client, cache_dir=tmp_path / "cache")
+
+    return call
+
+
+def test_options_of_domainnet_reach_it(tmp_path, scenario_of):
+    root = make_domainnet(tmp_path, [*TEN_CLASSES, "t-shirt"], train=2, test=1)
+    for path in root.glob("*_train.txt"):
+        path.unlink()
+    make_fedbn_lists(root, train=2)
+    ten = ["data=domainnet10", f"data.root={root}", "client.domain=sketch", "client.size=7"]
+    scenario = scenario_of(*ten, "data.allow_pickle=true")
+    assert scenario.client_domain == "sketch"
+    assert (len(scenario.client_train), len(scenario.classes)) == (7, 10)
+    with pytest.raises(ValueError, match=r"clipart_train\.txt"):
+        scenario_of(*ten)
+    for path in root.glob("*.txt"):
+        path.unlink()
+    assert len(scenario_of("data=domainnet", f"data.root={root}").classes) == 11
+
+
+def test_options_of_cifar10_imagenet32_reach_it(tmp_path, monkeypatch, scenario_of):
+    make_cifar10(tmp_path, monkeypatch)
+    make_imagenet32(tmp_path / "other", packed="pickle", files=3)
+    roots = [f"data.root={tmp_path}", f"data.imagenet_root={tmp_path}/other", "data.num_files=2"]
+    argv = ["data=cifar10_imagenet32", *roots]
+    assert len(scenario_of(*argv, "data.allow_pickle=true").pool) == 100 + 8
+    assert len(scenario_of(*argv, "data.allow_pickle=true", "data.rest=unused").pool) == 8
+    with pytest.raises(ValueError, match=r"data\.allow_pickle=true"):
+        scenario_of(*argv)
+    asked = []
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", lambda self: asked.append(1))
+    scenario_of(*argv, "data.allow_pickle=true", "data.download=true")
+    assert asked
+
+
+def test_options_of_celeba_utkface_reach_it(tmp_path, scenario_of):
+    make_tiny_imagenet(make_utkface(make_celeba(tmp_path)))
+    argv = ["data=celeba_utkface", f"data.root={tmp_path}", "client.fraction=0.25"]
+    scenario = scenario_of(*argv, "data.target=Young", "data.rest=pool", "data.tiny_imagenet=false")
+    assert list(scenario.classes) == ["Young", "not_Young"]
+    assert len(scenario.client_train) == 5
+    assert set(scenario.pool.domains) == {"celeba", "utkface"}
+    assert len(scenario_of(*argv).pool) == 14
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["data=domainnet10", "data.root=nowhere"],
+        ["data=domainnet", "data.root=nowhere"],
+        ["data=cifar10_imagenet32", "data.root=nowhere", "data.imagenet_root=nowhere"],
+        ["data=celeba_utkface", "data.root=nowhere"],
+        ["data=folder", "data.pool=torchvision:MNIST?root=nowhere", "data.client=hf:nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_train_py_says_in_one_line_what_is_missing(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*argv, "run_root=runs"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "nowhere" in err

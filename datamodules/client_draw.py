@@ -28,6 +28,8 @@ class ClientDraw:
         imbalance: Concentration of the Dirichlet distribution that class shares are drawn from:
             the smaller, the more unequal. None leaves classes as they come.
         seed: Of the draw.
+        at_most: Training images where neither `fraction` nor `size` says: so many, or all there
+            are; None for all.
     """
 
     domain: str | None = None
@@ -36,6 +38,7 @@ class ClientDraw:
     classes: Sequence[str] = ()
     imbalance: float | None = None
     seed: int = 0
+    at_most: int | None = None
 
     def __post_init__(self) -> None:
         if self.fraction is not None and self.size is not None:
@@ -199,6 +202,8 @@ def _size(draw: ClientDraw, total: int, place: str) -> int | None:
     if draw.size is not None and draw.size > total:
         of = f" of the classes {', '.join(draw.classes)}" if draw.classes else ""
         raise ValueError(f"client.size={draw.size}: {place} has {total} images{of}")
+    if draw.size is None and draw.at_most is not None:
+        return min(draw.at_most, total)
     return draw.size
 
 

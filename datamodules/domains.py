@@ -53,6 +53,14 @@ class Domain:
     licence: str | None = None
 
 
+def limited(domain: Domain, num_images: int | None) -> Domain:
+    """A domain with some of its training images, at random; the same ones every time."""
+    if num_images is None or num_images >= len(domain.train):
+        return domain
+    order = torch.randperm(len(domain.train), generator=torch.Generator().manual_seed(0))
+    return replace(domain, train=PoolRows(domain.train, order[:num_images].sort().values.numpy()))
+
+
 def domain_scenario(
     family: str,
     domains: Sequence[Domain],
@@ -71,7 +79,8 @@ def domain_scenario(
         domains: In the pool's order.
         classes: Names of all classes; labels that are none of them belong to pool images only.
         draw: Which images the client is to have; None for a client elsewhere: all are the pool.
-        default: The family's protocol: `domain`, and `fraction` or `size`, for a draw without.
+        default: The family's protocol, for a draw without: `domain`, and one of `fraction`, `size`
+            and `at_most`.
 
     Raises:
         ValueError: One line: an unknown domain or class, too few images, nothing to test on.
@@ -117,9 +126,9 @@ def domain_scenario(
 
 def _completed(draw: ClientDraw, default: ClientDraw) -> ClientDraw:
     draw = replace(draw, domain=draw.domain or default.domain)
-    if draw.fraction is None and draw.size is None:
-        return replace(draw, fraction=default.fraction, size=default.size)
-    return draw
+    if draw.fraction is not None or draw.size is not None:
+        return draw
+    return replace(draw, fraction=default.fraction, size=default.size, at_most=default.at_most)
 
 
 def _named(domains: Sequence[Domain], name: str | None) -> Domain:

@@ -41,8 +41,7 @@ def mnist_fashion(root: Path, draw: ClientDraw | None = None) -> Scenario:
     """
     draw = draw or ClientDraw()
     check_no_domain(draw, "mnist_fashion")
-    if draw.size is None and draw.fraction is None:
-        draw = replace(draw, size=1000)
+    draw = replace(draw, at_most=1000)
     test, place = _opened("MNIST", root, "test"), "MNIST's test part"
     classes = classes_of(draw, DIGITS)
     codes = class_codes(test, classes)

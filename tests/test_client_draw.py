@@ -106,6 +106,14 @@ def test_exact_sizes_without_imbalance():
     assert (np.diff(rows) > 0).all()
 
 
+def test_a_default_size_is_all_where_there_are_fewer():
+    codes = codes_of(*[30] * 10)
+    assert len(draw(codes, at_most=37)) == 37
+    assert len(draw(codes, at_most=1000)) == 300
+    assert len(draw(codes, at_most=1000, fraction=0.1)) == 30
+    assert len(draw(codes, at_most=5, size=7)) == 7
+
+
 def test_a_draw_depends_on_its_seed_alone_and_smaller_ones_are_nested():
     codes = codes_of(*[30] * 10)
     assert (draw(codes, size=40) == draw(codes, size=40)).all()

@@ -82,7 +82,16 @@ def test_another_domain_and_a_subset(root, opened):
 def test_a_client_elsewhere_and_a_client_too_large(root, opened, refusal):
     assert len(opened(root).pool) == 150
     assert "client.size=31: domain 'mnist' has 30 images" in refusal(root, draw=ClientDraw(size=31))
-    assert "client.size=1000" in refusal(root, draw=ClientDraw())
+    assert len(opened(root, draw=ClientDraw()).client_train) == 30  # 1,000, or all there are
+
+
+def test_a_limit_for_each_domain(root, opened):
+    scenario = opened(root, draw=DRAW, max_per_domain=12)
+    assert Counter(scenario.pool.domains) == {"mnist": 7, **dict.fromkeys(DOMAINS[1:], 12)}
+    assert len(scenario.client_test) == 20
+    fewer, more = (opened(root, "usps", max_per_domain=num).pool for num in (5, 12))
+    assert set(fewer.ids) < set(more.ids)
+    assert fewer.fingerprint != more.fingerprint
 
 
 def test_names_of_domains(root, refusal):

@@ -82,17 +82,14 @@ def digits5(
     if download:
         _fetch(root, [name for name in domains if name in _DOWNLOADS], allow_pickle, cache_dir)
     found = {name: _find(name, root, allow_pickle, cache_dir) for name in domains}
-    opened = [
-        Domain(name, *(_open(name, root, found, split) for split in _SPLITS)) for name in domains
-    ]
     default = ClientDraw(domain="mnist" if "mnist" in domains else domains[0], at_most=DEFAULT_SIZE)
-    return domain_scenario(
-        "digits5",
-        [limited(one, max_per_domain) for one in opened],
-        DIGITS,
-        draw,
-        default=default,
-    )
+    measured = None if draw is None else draw.domain or default.domain
+    opened = []
+    for name in domains:
+        test = _open(name, root, found, "test") if name == measured else None
+        domain = Domain(name, _open(name, root, found, "train"), test)
+        opened.append(limited(domain, max_per_domain))
+    return domain_scenario("digits5", opened, DIGITS, draw, default=default)
 
 
 def _check_names(domains: Sequence[str]) -> None:

@@ -16,15 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from datamodules.client_draw import (
-    ClientDraw,
-    alike_rows,
-    check_test,
-    class_codes,
-    classes_of,
-    drawn_rows,
-    shares_of,
-)
+from datamodules.client_draw import ClientDraw, class_codes, classes_of, client_rows
 from datamodules.pool_rows import PoolRows
 from datamodules.scenario import Scenario
 from datamodules.several_pools import SeveralPools
@@ -100,9 +92,7 @@ def domain_scenario(
     else:
         held_out = np.zeros(len(codes), bool)
         test, test_codes = mine.test, class_codes(mine.test, own_classes)
-    rows = drawn_rows(draw, codes, own_classes, place)
-    test_rows = alike_rows(shares_of(draw, codes[rows], len(own_classes)), test_codes, draw.seed)
-    check_test(test_rows, place, own_classes)
+    rows, test_rows = client_rows(draw, codes, own_classes, place, test_codes)
     held_out[rows] = True
     rest = np.flatnonzero(~held_out)
     own = [PoolRows(mine.train, rest, has_domains=False)] if len(rest) else []

@@ -28,6 +28,8 @@ class ClientDraw:
         imbalance: Concentration of the Dirichlet distribution that class shares are drawn from:
             the smaller, the more unequal. None leaves classes as they come.
         seed: Of the draw.
+        at_most: Training images where neither `fraction` nor `size` says: so many, or all there
+            are; None for all.
     """
 
     domain: str | None = None
@@ -36,6 +38,7 @@ class ClientDraw:
     classes: Sequence[str] = ()
     imbalance: float | None = None
     seed: int = 0
+    at_most: int | None = None
 
     def __post_init__(self) -> None:
         if self.fraction is not None and self.size is not None:
@@ -72,6 +75,42 @@ def class_codes(source: ImageSource, classes: Sequence[str]) -> Ints:
     number = {name: k for k, name in enumerate(classes)}
     codes = (number.get(label or "", -1) for label in source.labels)
     return np.fromiter(codes, np.int64, len(source))
+
+
+def client_rows(
+    draw: ClientDraw,
+    codes: Ints,
+    classes: Sequence[str],
+    place: str,
+    test_codes: Ints | None = None,
+) -> tuple[Ints, Ints]:
+    """Rows of the client's training images, and of test images that are distributed as they are.
+
+    Args:
+        draw: What the client is to be.
+        codes: [N], see `drawn_rows`.
+        classes: Names of the K classes.
+        place: What to call the images in messages.
+        test_codes: [M], class numbers of images to test on, -1 for those that are out; None tests
+            on the images that the client does not get.
+
+    Raises:
+        ValueError: One line: see `drawn_rows`, or nothing is left to test on.
+    """
+    rows = drawn_rows(draw, codes, classes, place)
+    shares = None
+    if draw.imbalance is not None:
+        shares = np.bincount(codes[rows], minlength=len(classes)) / len(rows)
+    if test_codes is None:
+        test_codes = codes.copy()
+        test_codes[rows] = -1
+    test_rows = alike_rows(shares, test_codes, draw.seed)
+    if not len(test_rows):
+        raise ValueError(
+            f"no image of {place} is left to test on: none of the classes "
+            f"{', '.join(classes)} in the client's shares"
+        )
+    return rows, test_rows
 
 
 def drawn_rows(draw: ClientDraw, codes: Ints, classes: Sequence[str], place: str) -> Ints:
@@ -121,22 +160,6 @@ def alike_rows(shares: Floats | None, codes: Ints, seed: int) -> Ints:
         return np.flatnonzero(codes >= 0)
     counts = counts_by_share(shares, np.bincount(codes[codes >= 0], minlength=len(shares)), None)
     return _first_of_each(codes, counts, int(counts.sum()), seed)
-
-
-def shares_of(draw: ClientDraw, codes: Ints, num_classes: int) -> Floats | None:
-    """Class shares [K] that a draw has made of the client's images [n]; None if it made none."""
-    if draw.imbalance is None:
-        return None
-    return np.bincount(codes, minlength=num_classes) / len(codes)
-
-
-def check_test(rows: Ints, place: str, classes: Sequence[str]) -> None:
-    """Refuse (ValueError) a client without test images."""
-    if not len(rows):
-        raise ValueError(
-            f"no image of {place} is left to test on: none of the classes "
-            f"{', '.join(classes)} in the client's shares"
-        )
 
 
 def check_no_domain(draw: ClientDraw, family: str) -> None:
@@ -199,6 +222,8 @@ def _size(draw: ClientDraw, total: int, place: str) -> int | None:
     if draw.size is not None and draw.size > total:
         of = f" of the classes {', '.join(draw.classes)}" if draw.classes else ""
         raise ValueError(f"client.size={draw.size}: {place} has {total} images{of}")
+    if draw.size is None and draw.at_most is not None:
+        return min(draw.at_most, total)
     return draw.size
 
 

@@ -22,7 +22,7 @@ from datamodules.digit_files import (
     read_mnist_m_tar,
     read_pickles,
 )
-from datamodules.domains import Domain, domain_scenario
+from datamodules.domains import Domain, domain_scenario, limited
 from datamodules.mixed_digits import DIGITS
 from datamodules.scenario import Scenario
 from datamodules.torchvision_pool import torchvision_pool
@@ -59,6 +59,7 @@ def digits5(
     *,
     cache_dir: Path,
     domains: Sequence[str] = DOMAINS,
+    max_per_domain: int | None = None,
     download: bool = False,
     allow_pickle: bool = False,
 ) -> Scenario:
@@ -69,6 +70,7 @@ def digits5(
         draw: Which images the client has; None for a client elsewhere.
         cache_dir: Where images of packed files are kept, unpacked.
         domains: Which of `DOMAINS`, in the pool's order.
+        max_per_domain: Training images of each domain at most; None for all.
         download: Fetch what is missing of those that torchvision can fetch.
         allow_pickle: Read FedBN's pickles where there are some, instead of other files.
 
@@ -80,13 +82,13 @@ def digits5(
     if download:
         _fetch(root, [name for name in domains if name in _DOWNLOADS], allow_pickle, cache_dir)
     found = {name: _find(name, root, allow_pickle, cache_dir) for name in domains}
-    opened = [
-        Domain(name, *(_open(name, root, found, split) for split in _SPLITS)) for name in domains
-    ]
-    default = ClientDraw(
-        domain="mnist" if "mnist" in domains else domains[0],
-        size=DEFAULT_SIZE,
-    )
+    default = ClientDraw(domain="mnist" if "mnist" in domains else domains[0], at_most=DEFAULT_SIZE)
+    measured = None if draw is None else draw.domain or default.domain
+    opened = []
+    for name in domains:
+        test = _open(name, root, found, "test") if name == measured else None
+        domain = Domain(name, _open(name, root, found, "train"), test)
+        opened.append(limited(domain, max_per_domain))
     return domain_scenario("digits5", opened, DIGITS, draw, default=default)
 
 

@@ -1,9 +1,9 @@
 """No image is in two of these: the client's training images, its test images, the pool.
 
 Images of one id whose pixels agree are the same image. Besides, a picture may be there twice under
-two names: decoded pixels are compared by hash where neither side has more than `LIMIT` images;
-larger ones are compared by id alone, and the statement says so. The pool's hashes are kept, so that
-another client costs no second look. All of this is a simulation's, which knows both sides.
+two names: decoded pixels are compared by hash where reading both sides is within `BUDGET`; larger
+ones are compared by id alone, and the statement says so. The hashes of each part of the pool are
+kept, so that another client costs no second look. All of this is a simulation's, which knows both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.scenario import Scenario
-from ecos_pl.images import ImageSource, UnreadableImage
+from ecos_pl.images import ImageSource, PoolSource, UnreadableImage
+from ecos_pl.pool_embeddings import PartOfPool
 from ecos_pl.progress import progress_bar
 from ecos_pl.storage import fingerprint_of, read_json, write_bytes, write_json
 
@@ -27,8 +28,10 @@ Hashes = npt.NDArray[np.uint64]
 
 log = logging.getLogger(__name__)
 
-LIMIT = 20_000
-"""Images up to which pixels are compared: a second for small pictures, a minute for photos."""
+BUDGET = 10**9
+"""Pixels that are decoded at most, each image counting 4,096 more: 200,000 digits, some seconds, or
+18,000 photos of 224 px, a minute.
+"""
 
 _VERSION = 1  # raise it when a change below finds other pairs
 _UNREADABLE = 0
@@ -71,7 +74,7 @@ def check_disjoint(
     parts |= {"pool": scenario.pool} if with_pool else {}
     present = {name: source for name, source in parts.items() if source is not None}
     facts = {name: source.fingerprint for name, source in present.items()}
-    key = fingerprint_of([_VERSION, LIMIT, scenario.repeats_allowed, facts])[:16]
+    key = fingerprint_of([_VERSION, BUDGET, scenario.repeats_allowed, facts])[:16]
     kept = cache_dir / "simulation" / f"disjoint-{key}.json" if cache_dir else None
     if kept is not None and kept.is_file():
         return dict(read_json(kept))
@@ -80,9 +83,9 @@ def check_disjoint(
     for a, b in pairs:
         _check_ids(a, present[a], b, present[b])
     hashes = {
-        name: _hashes(source, cache_dir if name == "pool" else None)
+        name: _hashes_of_pool(scenario.pool, cache_dir) if name == "pool" else _hashes(source)
         for name, source in present.items()
-        if len(source) <= LIMIT
+        if _cost(source) <= BUDGET
     }
     repeats: dict[str, int | None] = {}
     for a, b in pairs:
@@ -150,21 +153,42 @@ def _pixels(source: ImageSource, row: int) -> bytes:
     return f"{image.size}".encode() + image.tobytes()
 
 
-def _hashes(source: ImageSource, cache_dir: Path | None) -> Hashes:
+def _cost(source: ImageSource) -> int:
+    """Pixels to decode, estimated from three images."""
+    if not len(source):
+        return 0
+    sizes = []
+    for row in {0, len(source) // 2, len(source) - 1}:
+        try:
+            width, height = source.read(row).size
+        except UnreadableImage:
+            continue
+        sizes.append(width * height)
+    return len(source) * (4096 + max(sizes, default=0))
+
+
+def _hashes_of_pool(pool: PoolSource, cache_dir: Path | None) -> Hashes:
+    found = []
+    for part in pool.parts:
+        path = cache_dir and cache_dir / "pixel_hashes" / f"{part.fingerprint[:16]}.npy"
+        if path and path.is_file():
+            found.append(np.load(path))
+            continue
+        found.append(_hashes(PartOfPool(pool, part), f"comparing {part.name} with the client"))
+        if path:
+            content = io.BytesIO()
+            np.save(content, found[-1])
+            write_bytes(path, content.getvalue())
+    return np.concatenate(found) if found else np.zeros(0, np.uint64)
+
+
+def _hashes(source: ImageSource, title: str | None = None) -> Hashes:
     """A hash [N] of each image's decoded pixels; 0 for one that cannot be read."""
-    kept = cache_dir / "pixel_hashes" / f"{source.fingerprint[:16]}.npy" if cache_dir else None
-    if kept is not None and kept.is_file():
-        return np.asarray(np.load(kept), np.uint64)
     hashes = np.zeros(len(source), np.uint64)
-    title = "comparing with the pool" if kept is not None else None
     with progress_bar(title, len(source), "images") as advance:
         for row in range(len(source)):
             hashes[row] = _hash(source, row)
             advance(1)
-    if kept is not None:
-        content = io.BytesIO()
-        np.save(content, hashes)
-        write_bytes(kept, content.getvalue())
     return hashes
 
 

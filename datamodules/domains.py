@@ -16,15 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from datamodules.client_draw import (
-    ClientDraw,
-    alike_rows,
-    check_test,
-    class_codes,
-    classes_of,
-    drawn_rows,
-    shares_of,
-)
+from datamodules.client_draw import ClientDraw, class_codes, classes_of, client_rows
 from datamodules.pool_rows import PoolRows
 from datamodules.scenario import Scenario
 from datamodules.several_pools import SeveralPools
@@ -53,6 +45,14 @@ class Domain:
     licence: str | None = None
 
 
+def limited(domain: Domain, num_images: int | None) -> Domain:
+    """A domain with some of its training images, at random; the same ones every time."""
+    if num_images is None or num_images >= len(domain.train):
+        return domain
+    order = torch.randperm(len(domain.train), generator=torch.Generator().manual_seed(0))
+    return replace(domain, train=PoolRows(domain.train, order[:num_images].sort().values.numpy()))
+
+
 def domain_scenario(
     family: str,
     domains: Sequence[Domain],
@@ -71,7 +71,8 @@ def domain_scenario(
         domains: In the pool's order.
         classes: Names of all classes; labels that are none of them belong to pool images only.
         draw: Which images the client is to have; None for a client elsewhere: all are the pool.
-        default: The family's protocol: `domain`, and `fraction` or `size`, for a draw without.
+        default: The family's protocol, for a draw without: `domain`, and one of `fraction`, `size`
+            and `at_most`.
 
     Raises:
         ValueError: One line: an unknown domain or class, too few images, nothing to test on.
@@ -91,9 +92,7 @@ def domain_scenario(
     else:
         held_out = np.zeros(len(codes), bool)
         test, test_codes = mine.test, class_codes(mine.test, own_classes)
-    rows = drawn_rows(draw, codes, own_classes, place)
-    test_rows = alike_rows(shares_of(draw, codes[rows], len(own_classes)), test_codes, draw.seed)
-    check_test(test_rows, place, own_classes)
+    rows, test_rows = client_rows(draw, codes, own_classes, place, test_codes)
     held_out[rows] = True
     rest = np.flatnonzero(~held_out)
     own = [PoolRows(mine.train, rest, has_domains=False)] if len(rest) else []
@@ -117,9 +116,9 @@ def domain_scenario(
 
 def _completed(draw: ClientDraw, default: ClientDraw) -> ClientDraw:
     draw = replace(draw, domain=draw.domain or default.domain)
-    if draw.fraction is None and draw.size is None:
-        return replace(draw, fraction=default.fraction, size=default.size)
-    return draw
+    if draw.fraction is not None or draw.size is not None:
+        return draw
+    return replace(draw, fraction=default.fraction, size=default.size, at_most=default.at_most)
 
 
 def _named(domains: Sequence[Domain], name: str | None) -> Domain:

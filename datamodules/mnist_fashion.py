@@ -13,13 +13,10 @@ from pathlib import Path
 
 from datamodules.client_draw import (
     ClientDraw,
-    alike_rows,
     check_no_domain,
-    check_test,
     class_codes,
     classes_of,
-    drawn_rows,
-    shares_of,
+    client_rows,
 )
 from datamodules.mixed_digits import DIGITS
 from datamodules.scenario import Scenario
@@ -41,16 +38,10 @@ def mnist_fashion(root: Path, draw: ClientDraw | None = None) -> Scenario:
     """
     draw = draw or ClientDraw()
     check_no_domain(draw, "mnist_fashion")
-    if draw.size is None and draw.fraction is None:
-        draw = replace(draw, size=1000)
+    draw = replace(draw, at_most=1000)
     test, place = _opened("MNIST", root, "test"), "MNIST's test part"
     classes = classes_of(draw, DIGITS)
-    codes = class_codes(test, classes)
-    client = drawn_rows(draw, codes, classes, place)
-    shares = shares_of(draw, codes[client], len(classes))
-    codes[client] = -1
-    rest = alike_rows(shares, codes, draw.seed)
-    check_test(rest, place, classes)
+    client, rest = client_rows(draw, class_codes(test, classes), classes, place)
     pools = [
         (name, None, _opened(kind, root, "train"))
         for name, kind in (("mnist", "MNIST"), ("fashion", "FashionMNIST"))

@@ -6,13 +6,11 @@ from dataclasses import replace
 
 from datamodules.client_draw import (
     ClientDraw,
-    alike_rows,
     check_no_domain,
-    check_test,
     class_codes,
     classes_of,
+    client_rows,
     drawn_rows,
-    shares_of,
 )
 from datamodules.scenario import Scenario
 from ecos_pl.images import SomeImages
@@ -40,11 +38,11 @@ def narrowed(scenario: Scenario, draw: ClientDraw) -> Scenario:
         raise ValueError("client.size and the like choose among images that are not here")
     classes = classes_of(draw, scenario.classes)
     codes = class_codes(train, classes)
-    rows = drawn_rows(draw, codes, classes, "the client")
-    if test is not None:
-        shares = shares_of(draw, codes[rows], len(classes))
-        test_rows = alike_rows(shares, class_codes(test, classes), draw.seed)
-        check_test(test_rows, "the client", classes)
+    if test is None:
+        rows = drawn_rows(draw, codes, classes, "the client")
+    else:
+        test_codes = class_codes(test, classes)
+        rows, test_rows = client_rows(draw, codes, classes, "the client", test_codes)
         test = SomeImages(test, test_rows)
     return replace(
         scenario, client_train=SomeImages(train, rows), client_test=test, classes=classes

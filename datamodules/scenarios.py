@@ -47,6 +47,7 @@ def open_scenario(data: Part, client: Part, *, cache_dir: Path) -> Scenario:
             draw,
             cache_dir=cache_dir,
             domains=data.domains,
+            max_per_domain=data.max_per_domain,
             download=data.download,
             allow_pickle=data.allow_pickle,
         )

@@ -11,10 +11,10 @@ from datamodules.client_draw import (
     ClientDraw,
     alike_rows,
     classes_of,
+    client_rows,
     counts_by_share,
     dirichlet_shares,
     drawn_rows,
-    shares_of,
 )
 
 CLASSES = [str(k) for k in range(10)]
@@ -55,8 +55,9 @@ def test_shares_of_a_vanishing_concentration_are_one_class():
 def test_counts_converge_to_the_drawn_shares():
     shares = dirichlet_shares(0.5, 10, 3)
     for size in (100, 10_000):
-        rows = draw(codes_of(*[size] * 10), size=size, imbalance=0.5, seed=3)
-        found = shares_of(ClientDraw(imbalance=0.5), codes_of(*[size] * 10)[rows], 10)
+        codes = codes_of(*[size] * 10)
+        rows = draw(codes, size=size, imbalance=0.5, seed=3)
+        found = np.bincount(codes[rows], minlength=10) / size
         assert np.abs(found - shares).max() < 1 / size  # the largest remainder's bound
 
 
@@ -106,6 +107,14 @@ def test_exact_sizes_without_imbalance():
     assert (np.diff(rows) > 0).all()
 
 
+def test_a_default_size_is_all_where_there_are_fewer():
+    codes = codes_of(*[30] * 10)
+    assert len(draw(codes, at_most=37)) == 37
+    assert len(draw(codes, at_most=1000)) == 300
+    assert len(draw(codes, at_most=1000, fraction=0.1)) == 30
+    assert len(draw(codes, at_most=5, size=7)) == 7
+
+
 def test_a_draw_depends_on_its_seed_alone_and_smaller_ones_are_nested():
     codes = codes_of(*[30] * 10)
     assert (draw(codes, size=40) == draw(codes, size=40)).all()
@@ -114,6 +123,19 @@ def test_a_draw_depends_on_its_seed_alone_and_smaller_ones_are_nested():
     unequal = {"imbalance": 0.5, "size": 60}
     assert (draw(codes, **unequal) == draw(codes, **unequal)).all()
     assert set(draw(codes, **unequal)) != set(draw(codes, **unequal, seed=1))
+
+
+def test_what_the_client_does_not_get_measures_unless_told_otherwise():
+    codes = codes_of(*[30] * 10)
+    rows, test_rows = client_rows(ClientDraw(size=40), codes, CLASSES, "x")
+    assert sorted([*rows, *test_rows]) == list(range(300))
+    rows, test_rows = client_rows(ClientDraw(size=40, imbalance=0.5), codes, CLASSES, "x")
+    assert not set(rows) & set(test_rows)
+    counts = np.bincount(codes[rows], minlength=10)
+    wanted = counts / 40 * len(test_rows)
+    assert np.abs(np.bincount(codes[test_rows], minlength=10) - wanted).max() < 1
+    with pytest.raises(ValueError, match="no image of x is left to test on"):
+        client_rows(ClientDraw(), codes, CLASSES, "x")
 
 
 def test_images_that_are_out_are_never_drawn():

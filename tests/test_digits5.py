@@ -82,7 +82,16 @@ def test_another_domain_and_a_subset(root, opened):
 def test_a_client_elsewhere_and_a_client_too_large(root, opened, refusal):
     assert len(opened(root).pool) == 150
     assert "client.size=31: domain 'mnist' has 30 images" in refusal(root, draw=ClientDraw(size=31))
-    assert "client.size=1000" in refusal(root, draw=ClientDraw())
+    assert len(opened(root, draw=ClientDraw()).client_train) == 30  # 1,000, or all there are
+
+
+def test_a_limit_for_each_domain(root, opened):
+    scenario = opened(root, draw=DRAW, max_per_domain=12)
+    assert Counter(scenario.pool.domains) == {"mnist": 7, **dict.fromkeys(DOMAINS[1:], 12)}
+    assert len(scenario.client_test) == 20
+    fewer, more = (opened(root, "usps", max_per_domain=num).pool for num in (5, 12))
+    assert set(fewer.ids) < set(more.ids)
+    assert fewer.fingerprint != more.fingerprint
 
 
 def test_names_of_domains(root, refusal):
@@ -189,6 +198,8 @@ def test_an_evil_pickle_is_one_line(tmp_path, refusal):
 def test_packed_files_are_read_once_and_processes_share_the_array(root, opened, monkeypatch):
     first = opened(root, "svhn", draw=DRAW)
     copy = pickle.loads(pickle.dumps(first.pool))
+    client = pickle.loads(pickle.dumps(first.client_train))
+    assert (pixels(client, 2) == pixels(first.client_train, 2)).all()
     assert (pixels(copy, 3) == pixels(first.pool, 3)).all()
     assert len(pickle.dumps(first.pool)) < 20_000
 
@@ -250,7 +261,7 @@ def test_half_a_download_is_one_line(name, file, harm, root, refusal):
     else:
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2] if harm == "half" else b"")
-    text = refusal(root, name)
+    text = refusal(root, name, draw=DRAW)
     assert re.match(f"data=digits5: the (train|test) part of {name} in .* cannot be read: ", text)
     assert "remove it and get it again" in text
     assert "root=" not in text
@@ -261,10 +272,10 @@ def test_half_an_archive_is_one_line(tmp_path, refusal):
     content = path.read_bytes()
     for share in (0.1, 0.5, 0.9):
         path.write_bytes(content[: int(share * len(content))])
-        assert "part of mnist_m in" in refusal(tmp_path, "mnist_m")
+        assert "part of mnist_m in" in refusal(tmp_path, "mnist_m", draw=DRAW)
 
 
-def test_a_missing_partition_is_one_line(tmp_path, refusal):
+def test_a_missing_partition_is_one_line(tmp_path, opened, refusal):
     make_fedbn(tmp_path)
     folder = tmp_path / "digit_dataset/USPS"
     (folder / "partitions/train_part1.pkl").unlink()
@@ -272,7 +283,8 @@ def test_a_missing_partition_is_one_line(tmp_path, refusal):
     assert "partitions/train_part1.pkl is missing" in text
     shutil.copy(folder / "test.pkl", folder / "partitions/train_part1.pkl")
     (folder / "test.pkl").unlink()
-    assert "test.pkl is missing" in refusal(tmp_path, "usps", allow_pickle=True)
+    assert len(opened(tmp_path, "usps", allow_pickle=True).pool) == 40  # nobody tests on it
+    assert "test.pkl is missing" in refusal(tmp_path, "usps", draw=DRAW, allow_pickle=True)
 
 
 def test_labels_and_pictures_must_belong_together(tmp_path, refusal):
@@ -285,7 +297,7 @@ def test_labels_and_pictures_must_belong_together(tmp_path, refusal):
         ((pictures(2, 28, 28), None), "no pair of arrays"),
     ):
         path.write_bytes(pickle.dumps(pair))
-        assert words in refusal(tmp_path, "usps", allow_pickle=True)
+        assert words in refusal(tmp_path, "usps", draw=DRAW, allow_pickle=True)
 
 
 def test_a_class_folder_that_is_no_digit(tmp_path, refusal):

@@ -34,7 +34,6 @@ from ecos_pl.config import (
     FolderOptions,
     HumanLabelsOptions,
     MailboxOptions,
-    MnistFashionOptions,
     NoLabelsOptions,
     PublicLabelsOptions,
     SelfLabelingOptions,
@@ -66,7 +65,6 @@ if TYPE_CHECKING:
     from datamodules.proxy import ProxySamplingDataModule, TrainingView
     from datamodules.scenario import Scenario
     from ecos_pl.classifier import Classifier
-    from ecos_pl.images import PoolSource
     from ecos_pl.labeling import Labeler, RoundPlan
     from ecos_pl.mailbox import Mailbox
     from ecos_pl.modules.self_labeling import Method
@@ -208,6 +206,8 @@ def train(config: Config) -> dict[str, Any]:
     )
     _add_composition(summary, scenario, datamodule.probe_result)
     summary["environment"] = environment_facts(trainer.strategy.root_device, trainer.world_size)
+    if datamodule.client_facts:
+        summary["simulation"]["client"] = datamodule.client_facts
     if isinstance(config.task, CompressionOptions):
         summary["compression"] = _compressed(config, config.task, folder, module, datamodule)
         if not config.trainer.fast_dev_run:
@@ -229,40 +229,9 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _scenario(config: Config) -> Scenario:
-    if isinstance(config.data, FolderOptions):
-        return _folder_scenario(config, config.data)
-    if isinstance(config.data, MnistFashionOptions):
-        from datamodules.mnist_fashion import mnist_fashion
+    from datamodules.scenarios import open_scenario
 
-        return mnist_fashion(Path(config.data.root), num_client=config.data.num_client)
-    from datamodules.mixed_digits import mixed_digits
-
-    return mixed_digits()
-
-
-def _folder_scenario(config: Config, options: FolderOptions) -> Scenario:
-    from datamodules.deferred_pool import DeferredPool
-    from datamodules.folder import check_apart, check_domain, folder_data, remote_client_data
-    from datamodules.pool_spec import folders_of, open_pool
-
-    domain = options.client_domain
-
-    def opened() -> PoolSource:
-        pool = open_pool(options.pool, cache_dir=_cache_dir(config), licence=options.licence)
-        if domain is not None:
-            check_domain(domain, pool)
-        return pool
-
-    pool = DeferredPool(opened)
-    if isinstance(config.client, MailboxOptions):
-        return remote_client_data(pool, options.classes, domain)
-    if options.client is None:
-        raise ConfigError("no value for data.client: write data.client=CLIENT")
-    if options.classes:
-        raise ConfigError("data.classes: the class folders of data.client name the classes")
-    for folder in folders_of(options.pool):
-        check_apart(folder, Path(options.client))
-    return folder_data(pool, Path(options.client), domain)
+    return open_scenario(config.data, config.client, cache_dir=_cache_dir(config))
 
 
 def _given_embeddings(config: Config) -> Mapping[str, Path] | Path | None:

@@ -54,6 +54,16 @@ class HuggingFacePool:
         self.fingerprint = fingerprint
 
     @property
+    def image_folder(self) -> Path | None:
+        """Where its images lie, which a folder of images must not be, too."""
+        return self._folder
+
+    @property
+    def rows_of(self) -> tuple[str, str]:
+        """Whose rows these are, however they are read: the folder and its split."""
+        return os.path.realpath(self._folder), self._part_name
+
+    @property
     def parts(self) -> Sequence[PoolPart]:
         """The data set, under its folder's name and its split."""
         return [PoolPart(self._part_name, self.licence, 0, len(self), self.fingerprint)]
@@ -106,10 +116,7 @@ def huggingface_pool(
             near = get_close_matches(key, _OPTIONS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(_OPTIONS)}"
             raise ValueError(f"hf:{folder} has no option {key!r}: {hint}")
-    folder = Path(os.path.abspath(folder))
-    if not folder.is_dir():
-        what = "is a file: give its folder" if folder.exists() else "does not exist"
-        raise ValueError(f"Hugging Face data set {str(folder)!r} {what}")
+    folder = _existing(folder)
     kind, files = _kind_and_files(folder)
     if kind != "saved" and glob.has_magic(str(folder)):
         raise ValueError(
@@ -147,7 +154,27 @@ def huggingface_pool(
     )
 
 
+def splits_of(folder: Path, *, cache_dir: Path) -> list[str]:
+    """Names of the splits of a data set on disk; one without splits has "" alone.
+
+    Raises:
+        ValueError: One line: as `huggingface_pool` does of the folder.
+    """
+    folder = _existing(folder)
+    kind, _ = _kind_and_files(folder)
+    with _quietly():
+        return list(_load(folder, kind, cache_dir))
+
+
 # --- what lies there ---
+
+
+def _existing(folder: Path) -> Path:
+    folder = Path(os.path.abspath(folder))
+    if not folder.is_dir():
+        what = "is a file: give its folder" if folder.exists() else "does not exist"
+        raise ValueError(f"Hugging Face data set {str(folder)!r} {what}")
+    return folder
 
 
 def _kind_and_files(folder: Path) -> tuple[str, list[Path]]:

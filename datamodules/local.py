@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.disjoint import check_disjoint, client_facts
 from datamodules.loaders import image_loader, place_of
 from datamodules.proxy import (
     LabelledImages,
@@ -45,9 +46,17 @@ class LocalDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.scenario, self.view, self.seed, self.teacher = scenario, view, seed, teacher
+        self.prepare_data_per_node = False
         self.probe_result: ProbeResult | None = None
         self.simulation: dict[str, float | None] = {}
+        self.client_facts: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
+
+    def prepare_data(self) -> None:
+        """Make sure that no image both trains and tests."""
+        if not self.client_facts and self.scenario.client_train is not None:
+            self.client_facts = client_facts(self.scenario)
+            self.client_facts["disjoint"] = check_disjoint(self.scenario, with_pool=False)
 
     @property
     def class_shares(self) -> Tensor:

@@ -8,11 +8,16 @@ pool, client and test share no image.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
+from datamodules.client_draw import (
+    ClientDraw,
+    check_no_domain,
+    class_codes,
+    classes_of,
+    client_rows,
+)
 from datamodules.mixed_digits import DIGITS
 from datamodules.scenario import Scenario
 from datamodules.several_pools import SeveralPools
@@ -20,25 +25,23 @@ from datamodules.torchvision_pool import TorchvisionPool, torchvision_pool
 from ecos_pl.images import SomeImages
 
 
-def mnist_fashion(root: Path, *, num_client: int = 1000, seed: int = 0) -> Scenario:
+def mnist_fashion(root: Path, draw: ClientDraw | None = None) -> Scenario:
     """Open the two data sets.
 
     Args:
         root: Folder that holds torchvision's ``MNIST`` and ``FashionMNIST``.
-        num_client: Images of the client; the rest of MNIST's test part measures.
-        seed: Of the draw of the client's images.
+        draw: Which of MNIST's test images are the client's, 1,000 if it does not say how many; the
+            rest of them measures.
 
     Raises:
         ValueError: One line: a data set is not where it was looked for, or is too small.
     """
-    test = _opened("MNIST", root, "test")
-    if not 0 < num_client < len(test):
-        raise ValueError(
-            f"data.num_client={num_client}: MNIST's test part holds {len(test)} images for client "
-            "and test together"
-        )
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed)).numpy()
-    client, rest = np.sort(order[:num_client]), np.sort(order[num_client:])
+    draw = draw or ClientDraw()
+    check_no_domain(draw, "mnist_fashion")
+    draw = replace(draw, at_most=1000)
+    test, place = _opened("MNIST", root, "test"), "MNIST's test part"
+    classes = classes_of(draw, DIGITS)
+    client, rest = client_rows(draw, class_codes(test, classes), classes, place)
     pools = [
         (name, None, _opened(kind, root, "train"))
         for name, kind in (("mnist", "MNIST"), ("fashion", "FashionMNIST"))
@@ -48,7 +51,7 @@ def mnist_fashion(root: Path, *, num_client: int = 1000, seed: int = 0) -> Scena
         pool=SeveralPools(pools),
         client_train=SomeImages(test, client),
         client_test=SomeImages(test, rest),
-        classes=DIGITS,
+        classes=classes,
         client_domain="mnist",
     )
 

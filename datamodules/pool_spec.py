@@ -117,6 +117,18 @@ def folders_of(spec: str) -> list[Path]:
     return found
 
 
+def named_pool(spec: str) -> tuple[str, str, dict[str, str]] | None:
+    """Kind, name and options of `torchvision:NAME?…` or `hf:FOLDER?…`; None for a path.
+
+    Raises:
+        ValueError: One line: the options are written wrongly.
+    """
+    scheme, colon, rest = spec.partition(":")
+    if not (colon and scheme in _SCHEMES):
+        return None
+    return scheme, *_query(spec, rest, {})
+
+
 def read_pool_file(path: Path) -> list[PoolEntry]:
     """Read a pool file; no pool is opened.
 

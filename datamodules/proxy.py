@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from datamodules.disjoint import check_disjoint, client_facts
 from datamodules.loaders import default_workers, equally_long, image_loader, place_of
 from datamodules.scenario import Scenario
 from datamodules.transfer import TransferImages, teacher_logits
@@ -182,6 +183,8 @@ class ProxySamplingDataModule(L.LightningDataModule):
         probe_seconds: How long finding it, or reading it from disk, took.
         simulation: ``purity``, ``random_purity``, ``label_accuracy``: from ground truth that only
             a benchmark has; None where it is unknown.
+        client_facts: Who the simulated client is, and what was compared to tell its images from
+            the pool's; from ``prepare_data()`` on, in the process that runs it.
         rounds: What further rounds of labels came to: ``epoch``, ``changed`` (share of images
             with another label), ``label_accuracy`` (simulation), ``bytes_down``.
     """
@@ -217,6 +220,7 @@ class ProxySamplingDataModule(L.LightningDataModule):
         self.probe_result: ProbeResult | None = None
         self.probe_seconds = 0.0
         self.simulation: dict[str, float | None] = {}
+        self.client_facts: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
         self._labels: _Labels | None = None
 
@@ -225,8 +229,14 @@ class ProxySamplingDataModule(L.LightningDataModule):
         return {name: value for name, value in self.__dict__.items() if name != "_probe"}
 
     def prepare_data(self) -> None:
-        """Open the pool: listing or indexing a large one takes long, and is for one rank to do."""
+        """Open the pool: listing or indexing a large one takes long, and is for one rank to do.
+
+        In a simulation, also make sure that the pool has none of the client's images.
+        """
         len(self.scenario.pool)
+        if self.mailbox is None and self.scenario.client_train is not None:
+            self.client_facts = client_facts(self.scenario)
+            self.client_facts["disjoint"] = check_disjoint(self.scenario, self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Run the probe, or read its result."""

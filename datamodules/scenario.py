@@ -18,6 +18,8 @@ class Scenario:
         classes: the client's class names; an image's class index is its place here.
         client_domain: the pool's name for the client's domain, where the pool has one. Only
             evaluation in simulation uses it.
+        repeats_allowed: Whether a picture that is found in two of the parts is a repetition of the
+            data set itself, as public benchmarks have some; else it is a mistake.
     """
 
     name: str
@@ -26,3 +28,4 @@ class Scenario:
     client_test: ImageSource | None
     classes: Sequence[str]
     client_domain: str | None = None
+    repeats_allowed: bool = False

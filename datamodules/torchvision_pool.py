@@ -62,6 +62,12 @@ class TorchvisionPool:
         self.fingerprint = digest.hexdigest()
 
     @property
+    def image_folder(self) -> Path | None:
+        """Where its images lie, which a folder of images must not be, too; None: in archives."""
+        root = dict(self._options).get("root")
+        return Path(root) if self._class == "ImageFolder" and root else None
+
+    @property
     def parts(self) -> Sequence[PoolPart]:
         """The data set, under its own name."""
         return [PoolPart(self._path, self.licence, 0, len(self), self.fingerprint)]
@@ -128,6 +134,15 @@ def torchvision_pool(
         del given["download"]
     path = "/".join(part.replace("/", "_") for part in place)
     return TorchvisionPool(kind.__name__, tuple(given.items()), path, licence)
+
+
+def parameters_of(name: str) -> set[str]:
+    """Names of what a data set's class takes, as "train" or "split".
+
+    Raises:
+        ValueError: One line: torchvision has no such data set.
+    """
+    return set(_parameters(_named(name)))
 
 
 # --- names and options ---

@@ -135,6 +135,25 @@ class Span(Column[T]):
         return list(values if self._made is None else map(self._made, values))
 
 
+class Picked(Column[T]):
+    """Some values of another sequence, in the order asked.
+
+    Args:
+        whole: The other sequence.
+        places: [n] integers, places in it.
+    """
+
+    def __init__(self, whole: Sequence[T], places: npt.NDArray[Any]) -> None:
+        self._whole, self._places = whole, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def value(self, place: int) -> T:
+        """See `Column`."""
+        return self._whole[int(self._places[place])]
+
+
 class Joined(Column[T]):
     """Sequences one after the other."""
 

@@ -35,13 +35,18 @@ from ecos_pl.overrides import (
 )
 
 __all__ = [
+    "CelebaUtkfaceOptions",
+    "Cifar10ImageNet32Options",
     "ClientPrototypesOptions",
     "CommandLine",
     "CompressionOptions",
     "Config",
     "ConfigError",
     "CsvOptions",
+    "Digits5Options",
     "DistillationOptions",
+    "DomainNet10Options",
+    "DomainNetOptions",
     "EncoderOptions",
     "FolderOptions",
     "HumanLabelsOptions",
@@ -54,6 +59,7 @@ __all__ = [
     "PublicLabelsOptions",
     "SelectionOptions",
     "SelfLabelingOptions",
+    "SimulatedClientOptions",
     "TargetOptions",
     "TrainerOptions",
     "WandbOptions",
@@ -99,8 +105,83 @@ class MnistFashionOptions(Part):
 
     name: str = "mnist_fashion"
     root: str = option("data", "folder that holds torchvision's MNIST and FashionMNIST")
-    num_client: int = option(
-        1000, "the client's images, out of MNIST's test part; the rest measures", minimum=1
+
+
+_ALLOW_PICKLE = "; pickles may hold programs, of which nothing but arrays and text is read"
+_REST = (
+    "what becomes of those training images of {} that are not the client's: pool, as its part in "
+    "the client's domain, or unused"
+)
+
+
+@dataclass
+class DomainNetOptions(Part):
+    """DomainNet, 345 classes: half of one of six domains is the client's."""
+
+    name: str = "domainnet"
+    root: str = option(
+        "data/DomainNet", "folder with clipart, infograph, painting, quickdraw, real and sketch"
+    )
+
+
+@dataclass
+class DomainNet10Options(Part):
+    """DomainNet's ten most frequent classes: half of one of six domains is the client's."""
+
+    name: str = "domainnet10"
+    root: str = option(
+        "data/DomainNet", "folder with clipart, infograph, painting, quickdraw, real and sketch"
+    )
+    allow_pickle: bool = option(
+        False, f"split as FedBN's DOMAIN_train.pkl and DOMAIN_test.pkl say{_ALLOW_PICKLE}"
+    )
+
+
+@dataclass
+class Cifar10ImageNet32Options(Part):
+    """A client with CIFAR-10, ImageNet at 32×32 as the pool."""
+
+    name: str = "cifar10_imagenet32"
+    root: str = option("data", "folder that holds torchvision's cifar-10-batches-py")
+    imagenet_root: str = option(
+        "data/imagenet32", "folder with train_data_batch_1.npz to train_data_batch_10.npz"
+    )
+    num_files: int = option(10, "the first so many of those ten files", minimum=1, maximum=10)
+    rest: str = option("pool", _REST.format("CIFAR-10"), choices=("pool", "unused"))
+    allow_pickle: bool = option(False, f"read the pickled packaging of ImageNet-32{_ALLOW_PICKLE}")
+    download: bool = option(False, "let torchvision fetch CIFAR-10 where it is missing")
+
+
+@dataclass
+class CelebaUtkfaceOptions(Part):
+    """A client with CelebA's faces, UTKFace and Tiny-ImageNet as the pool."""
+
+    name: str = "celeba_utkface"
+    root: str = option("data", "folder that holds celeba, UTKFace and tiny-imagenet-200")
+    target: str = option(
+        "Male", "CelebA's attribute to tell apart; UTKFace's labels know Male alone"
+    )
+    rest: str = option("unused", _REST.format("CelebA"), choices=("pool", "unused"))
+    tiny_imagenet: bool | None = option(
+        None, "Tiny-ImageNet as an irrelevant part of the pool; null: where it is there"
+    )
+
+
+@dataclass
+class Digits5Options(Part):
+    """MNIST, SVHN, USPS, SynthDigits and MNIST-M: one domain is the client's, see client.domain."""
+
+    name: str = "digits5"
+    root: str = option("data", "folder of the data sets: docs/datasets.md")
+    domains: list[str] = option(
+        ["mnist", "svhn", "usps", "synth_digits", "mnist_m"], "which domains, as in [mnist,usps]"
+    )
+    max_per_domain: int | None = option(
+        None, "training images of each domain at most, at random; null: all (600,000)", minimum=1
+    )
+    download: bool = option(False, "fetch what is missing of MNIST, SVHN and USPS")
+    allow_pickle: bool = option(
+        False, "read FedBN's partitions/train_part*.pkl: pickles can hide programs"
     )
 
 
@@ -121,7 +202,9 @@ class FolderOptions(Part):
         ".npz, .safetensors or .parquet with ids; null: the encoder runs here",
     )
     client: str | None = option(
-        None, "folder of the client's images, for a simulation; none with client=mailbox"
+        None,
+        "the client's images, for a simulation: a folder with train and test, torchvision:NAME or "
+        "hf:FOLDER; none with client=mailbox",
     )
     classes: list[str] = option(
         [], "the client's class names, as in [cat,dog], where its images are not here"
@@ -136,6 +219,29 @@ class SimulatedClientOptions(Part):
     """A client in this process, from the data's own client images: for benchmarks."""
 
     name: str = "simulated"
+    domain: str | None = option(
+        None, "domain that the client's images come from, in data of several; null: the data's own"
+    )
+    fraction: float | None = option(
+        None,
+        "share of the domain's images, or of the data's client images, that the client has; null: "
+        "as the data say",
+        above=0,
+        maximum=1,
+    )
+    size: int | None = option(
+        None, "the client's training images, in place of client.fraction", minimum=1
+    )
+    classes: list[str] = option(
+        [], "the only classes that the client has and the model tells apart, as in [0,1]; []: all"
+    )
+    imbalance: float | None = option(
+        None,
+        "Dirichlet concentration of the client's class shares, in training and test: 0.1 very "
+        "unequal, 100 nearly equal; null: classes as they come",
+        above=0,
+    )
+    seed: int = option(0, "of the draw of the client's images", minimum=0, maximum=2**32 - 1)
 
 
 @dataclass
@@ -680,7 +786,16 @@ class Config:
         "simulations",
         choices=("proxy_set", "client"),
     )
-    data: Part = part(MixedDigitsOptions, MnistFashionOptions, FolderOptions)
+    data: Part = part(
+        MixedDigitsOptions,
+        MnistFashionOptions,
+        Digits5Options,
+        DomainNet10Options,
+        DomainNetOptions,
+        Cifar10ImageNet32Options,
+        CelebaUtkfaceOptions,
+        FolderOptions,
+    )
     client: Part = part(SimulatedClientOptions, MailboxOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     probe: ProbeOptions = field(default_factory=ProbeOptions)

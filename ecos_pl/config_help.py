@@ -64,7 +64,8 @@ def _describe(cls: type, prefix: str) -> Iterator[str]:
 def _default_in_words(option_field: "dataclasses.Field[Any]") -> str:
     default = option_field.default
     if default is dataclasses.MISSING:
-        return "=[]"
+        assert option_field.default_factory is not dataclasses.MISSING
+        return f"=[{','.join(map(str, option_field.default_factory()))}]"
     if default == REQUIRED:
         return " required"
     words = {None: "null", True: "true", False: "false"}

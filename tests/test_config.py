@@ -32,7 +32,12 @@ SETTINGS = settings(
 )
 PARTS = [
     ["data=mixed_digits"],
-    ["data=mnist_fashion", "data.root=R", "data.num_client=500"],
+    ["data=mnist_fashion", "data.root=R"],
+    ["data=digits5", "data.domains=[usps,mnist]", "data.allow_pickle=true"],
+    ["data=domainnet10", "data.root=R", "data.allow_pickle=true"],
+    ["data=domainnet", "data.root=R"],
+    ["data=cifar10_imagenet32", "data.num_files=2", "data.rest=unused"],
+    ["data=celeba_utkface", "data.target=Smiling", "data.tiny_imagenet=false"],
     [*FOLDER, "data.client_domain=mnist"],
     ["labels=client_prototypes", "labels.noise_multiplier=1e-5"],
     ["labels=client_table", "labels.noise_std=4.5", "labels.features=final"],
@@ -40,7 +45,7 @@ PARTS = [
     ["labels=public", "labels.num_images=50"],
     ["labels=human", "labels.image_size=null", "labels.returned=x.csv"],
     ["labels=none"],
-    ["client=simulated"],
+    ["client=simulated", "client.domain=usps", "client.classes=[0,1]", "client.imbalance=0.5"],
     ["client=mailbox", "client.url=s3://b/x", "client.deadline_hours=0.5"],
     ["task=self_labeling", "task.ema_decay=null", "task.augment=none"],
     ["task=distillation", "labels=none", "task.num_views=8", "task.compile=true"],

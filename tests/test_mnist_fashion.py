@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datamodules.client_draw import ClientDraw
 from datamodules.mnist_fashion import mnist_fashion
 from tests.test_torchvision_pool import make_mnist
 
@@ -18,7 +19,7 @@ def root(tmp_path):
 
 
 def test_pool_client_and_test_share_no_image(root):
-    scenario = mnist_fashion(root, num_client=20)
+    scenario = mnist_fashion(root, ClientDraw(size=20))
     assert len(scenario.pool) == 12
     assert scenario.pool.domains.count(scenario.client_domain) == 7
     assert set(scenario.pool.labels[:7]) <= set(scenario.classes)
@@ -30,15 +31,27 @@ def test_pool_client_and_test_share_no_image(root):
 
 
 def test_the_client_depends_on_the_seed_alone(root):
-    first, again = (mnist_fashion(root, num_client=20).client_train for _ in range(2))
+    first, again = (mnist_fashion(root, ClientDraw(size=20)).client_train for _ in range(2))
     assert first.fingerprint == again.fingerprint
-    other = mnist_fashion(root, num_client=20, seed=1).client_train
+    other = mnist_fashion(root, ClientDraw(size=20, seed=1)).client_train
     assert first.ids != other.ids
 
 
+def test_some_classes_in_given_shares(root):
+    scenario = mnist_fashion(root, ClientDraw(size=2, classes=("2", "5"), imbalance=1e6))
+    assert scenario.classes == ["2", "5"]
+    assert sorted(scenario.client_train.labels) == ["2", "5"]
+    assert sorted(scenario.client_test.labels) == ["2", "2", "5", "5"]
+    assert not set(scenario.client_train.ids) & set(scenario.client_test.ids)
+
+
 def test_what_is_missing_or_too_small_is_one_line(root, tmp_path):
-    with pytest.raises(ValueError, match="num_client=30: MNIST's test part holds 30 images"):
-        mnist_fashion(root, num_client=30)
+    with pytest.raises(ValueError, match=r"client\.size=31: MNIST's test part has 30 images"):
+        mnist_fashion(root, ClientDraw(size=31))
+    with pytest.raises(ValueError, match="no image of MNIST's test part is left to test on"):
+        mnist_fashion(root, ClientDraw(size=30))
+    with pytest.raises(ValueError, match=r"client\.domain=usps: data=mnist_fashion has one client"):
+        mnist_fashion(root, ClientDraw(domain="usps"))
     with pytest.raises(ValueError, match="nowhere") as caught:
         mnist_fashion(tmp_path / "nowhere")
     assert "\n" not in str(caught.value)

@@ -32,6 +32,7 @@ ELSEWHERE = {
     r"python train.py trainer.devices=4": "tests/test_jobs.py",
     r"(DEVICES=2 )?scripts/torchrun.sh": "tests/test_jobs.py",
     r"sbatch |kubectl ": "tests/test_jobs.py",
+    r"python -m ecos_pl.study ": "tests/test_study_running.py, tests/test_study_cells.py",
 }
 SMALL_CLIENT = "--encoder=mobilenetv3_small_050 --weights=random --image-size=32 --max-epsilon=6"
 CLIENT = {

@@ -118,7 +118,8 @@ class NormalizedEntropy(Metric):
         frequencies = self.counts / self.counts.sum()
         if len(frequencies) == 1:
             return frequencies[0]
-        return torch.special.entr(frequencies).sum() / math.log(len(frequencies))
+        entropy: Tensor = torch.special.entr(frequencies).sum()
+        return entropy / math.log(len(frequencies))
 
 
 def _counts(numbers: Tensor, num_classes: int) -> Tensor:

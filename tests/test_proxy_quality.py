@@ -1,5 +1,6 @@
 """All measures of a proxy set on a small real pool, against other libraries; then the callback."""
 
+import json
 import random
 import shutil
 from dataclasses import replace
@@ -9,7 +10,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+import wandb
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from scipy.spatial.distance import cdist
 
 import callbacks.proxy_quality as proxy_quality
@@ -258,6 +260,26 @@ def test_loggers_get_both_groups_once_for_each_probe(datamodule, tmp_path):
             assert got.get(f"{prefix}/random/{name}") == values["random"]
     assert quality["quality"]["near_duplicate_rate"]["random"] is None  # the plan names no distance
     assert "quality/near_duplicate_rate" not in got
+
+
+def test_wandb_gets_tables_of_both(datamodule, tmp_path, monkeypatch):
+    for folder in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(folder, str(tmp_path / "wandb_home"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    logger = WandbLogger(mode="offline", save_dir=tmp_path, project="test")
+    try:
+        set_up(datamodule, logger)
+        summary = dict(logger.experiment.summary)
+    finally:
+        wandb.finish()
+    quality = read_quality(datamodule)
+    assert summary["quality/pool_radius"] == quality["quality"]["pool_radius"]["proxy_set"]
+    media = next(tmp_path.glob("wandb/offline-run-*/files/media"))
+    tables = [json.loads(path.read_text()) for path in media.rglob("*.json")]
+    assert {tuple(table["columns"]) for table in tables} == {("metric", "proxy set", "random")}
+    found = {row[0]: row[1:] for table in tables for row in table["data"]}
+    expected = {**quality["quality"], **quality["simulation"]}
+    assert found == {name: [*values.values()] for name, values in expected.items()}
 
 
 def test_another_process_reads_what_was_measured(datamodule, scenario, tmp_path, monkeypatch):

@@ -214,7 +214,7 @@ def composition(truth: Truth, rows: Indices) -> Values:
         purity.update(torch.tensor([truth.pool.domains[row] == truth.domain for row in places]))
         values["purity"] = _number(purity.compute())
     labels = [truth.pool.labels[row] for row in places]
-    if not truth.classes or all(label is None for label in labels):
+    if all(label is None for label in labels):
         return values
     number = {name: k for k, name in enumerate(truth.classes)}
     numbers = torch.tensor([-1 if label is None else number.get(label, -1) for label in labels])

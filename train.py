@@ -202,6 +202,7 @@ def train(config: Config) -> dict[str, Any]:
             "per_step": timer.seconds_per_step,
             "total": time.perf_counter() - start,
         },
+        quality=_quality(trainer, datamodule),
         **_sizes(module, teacher, scenario, trainer),
     )
     _add_composition(summary, scenario, datamodule.probe_result)
@@ -766,6 +767,7 @@ def _trainer(
     from callbacks.chosen_images import ChosenImages
     from callbacks.coverage_figure import CoverageFigure
     from callbacks.log_config import LogConfig
+    from callbacks.proxy_quality import ProxyQuality
     from callbacks.run_timer import RunTimer
     from callbacks.sampling_statistics import SamplingStatistics
     from callbacks.stop_and_resume import StopAndResume
@@ -778,6 +780,7 @@ def _trainer(
         timer,
         LogConfig(_shown(config)),
         SamplingStatistics(),
+        ProxyQuality(),
         CoverageFigure(),
         ChosenImages(),
         TrainingCurves(),
@@ -882,6 +885,16 @@ def _logger(config: Config, folder: Path) -> Any:
     from lightning.pytorch.loggers import CSVLogger
 
     return CSVLogger(folder, name="metrics")
+
+
+def _quality(trainer: L.Trainer, datamodule: Any) -> dict[str, Any] | None:
+    """For the summary: what the callback measured, be it in a process that has ended."""
+    from callbacks.proxy_quality import ProxyQuality, read_quality
+
+    measures = any(isinstance(one, ProxyQuality) for one in getattr(trainer, "callbacks", ()))
+    if not measures or getattr(trainer, "fast_dev_run", False):
+        return None
+    return read_quality(datamodule)
 
 
 def _sizes(

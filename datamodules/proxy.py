@@ -23,11 +23,13 @@ from datamodules.transfer import TransferImages, teacher_logits
 from datamodules.views import Augment, make_view
 from ecos_pl.client import Client
 from ecos_pl.client_policy import ClientPolicy
+from ecos_pl.compressed_pool import CompressedPool
 from ecos_pl.evaluation import class_numbers, domain_purity, domain_share, label_accuracy
 from ecos_pl.images import ImageSource, UnreadableImage, to_tensor
 from ecos_pl.label_rounds import LabelRound
 from ecos_pl.labeling import Labeler
 from ecos_pl.mailbox import InProcessMailbox, Mailbox
+from ecos_pl.pool_embeddings import PoolEmbeddings
 from ecos_pl.privacy import MIN_NOISE_STD
 from ecos_pl.probe import Probe, ProbePlan
 from ecos_pl.probe_result import ProbeResult
@@ -272,6 +274,10 @@ class ProxySamplingDataModule(L.LightningDataModule):
                 "bytes_down": found.traffic["bytes_down"],
             }
         )
+
+    def pool_on_disk(self) -> tuple[PoolEmbeddings, CompressedPool] | None:
+        """The pool's embeddings and clusters, for one rank (``Probe.pool_on_disk``)."""
+        return self._probe.pool_on_disk()
 
     @property
     def num_unlabeled(self) -> int:

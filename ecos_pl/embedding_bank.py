@@ -53,6 +53,16 @@ class EmbeddingBank:
         self.folder, self.num_rows, self.num_dims = folder, num_rows, num_dims
         self.chunk_rows = chunk_rows or CHUNK_ROWS
 
+    @classmethod
+    def finished(cls, folder: Path) -> EmbeddingBank | None:
+        """The bank that lies in a folder, without its encoder; None if it is not whole."""
+        try:
+            num_rows, num_dims = read_json(folder / "complete.json")["rows"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        bank = cls(folder, num_rows, num_dims)
+        return None if bank._note() is None or bank.missing_chunks() else bank
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(N, D)``."""

@@ -139,7 +139,7 @@ def embed_pool(
     banks = []
     for part in pool.parts:
         source = PartOfPool(pool, part)
-        folder = cache_dir / "embeddings" / _bank_name(part, spec, given.get(part.name))
+        folder = _bank_folder(part, spec, cache_dir, given)
         title = "embedding the pool" if len(pool.parts) == 1 else f"embedding {part.name}"
         with in_turn(folder, f"another run embeds {part.name}", ranks):
             if part.name in given:
@@ -159,6 +159,26 @@ def embed_pool(
                     title=title,
                 )
         banks.append(bank)
+    return _of_parts(banks)
+
+
+def pool_embeddings(
+    pool: PoolSource,
+    spec: EncoderSpec,
+    cache_dir: Path,
+    given: Mapping[str, Path] | None = None,
+) -> PoolEmbeddings | None:
+    """What `embed_pool` left on disk; None if a part of it is no longer there."""
+    banks = []
+    for part in pool.parts:
+        bank = EmbeddingBank.finished(_bank_folder(part, spec, cache_dir, given or {}))
+        if bank is None or len(bank) != part.stop - part.start:
+            return None
+        banks.append(bank)
+    return _of_parts(banks)
+
+
+def _of_parts(banks: Sequence[EmbeddingBank]) -> PoolEmbeddings:
     return PoolEmbeddings(banks, "+".join(bank.folder.name for bank in banks))
 
 
@@ -167,6 +187,10 @@ def given_facts(given: Mapping[str, Path]) -> dict[str, str]:
     return {name: precomputed_fingerprint(path) for name, path in given.items()}
 
 
-def _bank_name(part: PoolPart, spec: EncoderSpec, given: Path | None) -> str:
+def _bank_folder(
+    part: PoolPart, spec: EncoderSpec, cache_dir: Path, given: Mapping[str, Path]
+) -> Path:
     name = f"{part.fingerprint[:16]}-{spec.key}"
-    return name if given is None else f"{name}-{precomputed_fingerprint(given)[:16]}"
+    if part.name in given:
+        name = f"{name}-{precomputed_fingerprint(given[part.name])[:16]}"
+    return cache_dir / "embeddings" / name

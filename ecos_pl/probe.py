@@ -33,7 +33,7 @@ from ecos_pl.labeling import Labeler, LabelingTask, Labels
 from ecos_pl.mailbox import Mailbox
 from ecos_pl.messages import CoverageAnswer, CoverageQuery
 from ecos_pl.near_duplicates import DUPLICATE_DISTANCE
-from ecos_pl.pool_embeddings import PoolEmbeddings, embed_pool, given_facts
+from ecos_pl.pool_embeddings import PoolEmbeddings, embed_pool, given_facts, pool_embeddings
 from ecos_pl.privacy import Release
 from ecos_pl.probe_result import ProbeResult, unit_of
 from ecos_pl.proxy_set import ProxySet, pool_names, pools_of
@@ -204,6 +204,14 @@ class Probe:
                     labels = self._label(chosen, planned)
                 self._commit(bank, compressed, counts, selection, labels)
         return ProbeResult.load(self._folder, self.fingerprint, from_disk=False)
+
+    def pool_on_disk(self) -> tuple[PoolEmbeddings, CompressedPool] | None:
+        """The pool's embeddings and clusters as the probe left them, for one rank to look at.
+
+        None where the embeddings have been removed since: only a probe makes them anew.
+        """
+        bank = pool_embeddings(self.pool, self.plan.encoder, self.cache_dir, self._given)
+        return None if bank is None else (bank, self._compress(bank, ALONE))
 
     def ask_again(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def summarise(
     rounds: Sequence[dict[str, Any]] = (),
     simulation: dict[str, float | None],
     seconds: dict[str, float | None],
+    quality: Mapping[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     teacher: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -42,6 +43,8 @@ def summarise(
         simulation: ``purity``, ``random_purity``, ``label_accuracy``, ``test_accuracy``.
         seconds: ``probe, fit, test, per_step, total``. The steps of the probe are added: those
             of this run, so 0 where their results were on disk.
+        quality: ``{NAME: {"proxy_set": value, "random": value}}`` of public measures under
+            ``quality`` and of those that only a benchmark knows under ``simulation``.
         model: What is delivered: ``model_size.size_facts``.
         teacher: The same of a student's teacher, with its ``test_accuracy`` in a simulation.
     """
@@ -60,6 +63,9 @@ def summarise(
             **{name: _rounded(value, 3) for name, value in seconds.items()},
         },
     }
+    measured = quality or {}
+    summary["quality"] = dict(measured.get("quality", {}))
+    summary["simulation"]["quality"] = dict(measured.get("simulation", {}))
     for name, facts in (("model", model), ("teacher", teacher)):
         if facts is not None:
             summary[name] = dict(facts)
@@ -127,6 +133,12 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         if known["purity"] is not None:
             table.add_row(
                 "purity*", f"{known['purity']:.3f} (random: {known['random_purity']:.3f})"
+            )
+        distance = known["quality"].get("client_distance", {})
+        if distance.get("proxy_set") is not None:
+            table.add_row(
+                "distance to client*",
+                f"{distance['proxy_set']:.3f} (random: {distance['random']:.3f})",
             )
         if proxy["num_labelled"] < proxy["size"]:
             table.add_row("labels", f"{proxy['num_labelled']:,} of {proxy['size']:,} images")

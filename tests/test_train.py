@@ -76,6 +76,10 @@ def test_a_folder_run_leaves_everything_it_should(run, tmp_path):
     assert summary["communication"]["bytes_down"] > summary["communication"]["bytes_up"] > 0
     assert summary["simulation"]["purity"] > 0.7
     assert 0 <= summary["simulation"]["test_accuracy"] <= 1
+    quality = summary["simulation"]["quality"]
+    assert quality["purity"]["proxy_set"] == summary["simulation"]["purity"]
+    assert quality["client_distance"]["proxy_set"] < quality["client_distance"]["random"]
+    assert set(summary["quality"]["cluster_entropy"]) == {"proxy_set", "random"}
     wanted = {"embed", "cluster", "ask", "select", "label", "fit", "test", "total"}
     assert wanted <= set(summary["seconds"])
     for name in ("coverage", "chosen", "training"):
@@ -87,9 +91,11 @@ def test_a_folder_run_leaves_everything_it_should(run, tmp_path):
     with (folder / "metrics/version_0/metrics.csv").open() as file:
         columns = next(csv.reader(file))
     assert {"val/accuracy", "simulation/purity", "probe/epsilon"} <= set(columns)
+    assert {"quality/pool_radius", "simulation/quality/random/client_distance"} <= set(columns)
     assert max(map(len, out.splitlines())) <= 80
     assert "ε = 6.00 at δ = 1e-05" in out
     assert "purity" in out
+    assert "distance to client*" in out
 
 
 def test_the_same_command_again_spends_nothing_and_chooses_the_same(run, tmp_path):
@@ -171,6 +177,7 @@ def test_the_other_ways_to_train(run, overrides, size):
     assert status == 0, err
     assert summary["proxy"]["size"] == size
     assert summary["simulation"]["test_accuracy"] is not None
+    assert bool(summary["quality"]) == bool(summary["simulation"]["quality"]) == (size > 0)
     if "train_on=client" in overrides or "labels=public" in overrides:
         assert summary["privacy"]["epsilon"] == 0
 

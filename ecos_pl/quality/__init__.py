@@ -1,0 +1,1 @@
+"""How good a proxy set is: metrics with `update` and `compute`, one idea a file."""

@@ -780,6 +780,7 @@ def _trainer(
     from callbacks.chosen_images import ChosenImages
     from callbacks.coverage_figure import CoverageFigure
     from callbacks.log_config import LogConfig
+    from callbacks.random_images import RandomImages
     from callbacks.run_timer import RunTimer
     from callbacks.sampling_statistics import SamplingStatistics
     from callbacks.stop_and_resume import StopAndResume
@@ -794,6 +795,7 @@ def _trainer(
         SamplingStatistics(),
         CoverageFigure(),
         ChosenImages(),
+        RandomImages(),
         TrainingCurves(),
         *more,
     ]

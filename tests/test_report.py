@@ -375,8 +375,8 @@ def test_rounds_and_quality_have_tables(folder: Path) -> None:
     assert "1 1 14.7% 89.3%" in text
     assert "ask again in its terms (7.1 MB)" in text
     assert text.count("once more, now as the network trained so far sees them") == 2
-    assert "near duplicate rate 0.0123 0.2 share of images that look like another one" in text
-    assert "distance 0.5 –" in text
+    assert "near duplicate rate 0.012 0.200 share of images that look like another one" in text
+    assert "distance 0.500 –" in text
     assert "Test accuracy by class simulation class accuracy vertical 75.0%" in text
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ecos_pl.report.blocks import Block, Fact, Facts, Table
 from ecos_pl.report.run_record import RunRecord
-from ecos_pl.report.words import number, percent
+from ecos_pl.report.words import percent
 
 _MEANINGS = {
     "near_duplicate_rate": "share of images that look like another one; lower is better",
@@ -72,11 +72,16 @@ def _quality_table(found: dict[str, Any], simulated: bool) -> Table:
     rows = [
         (
             name.replace("_", " "),
-            number(one.get("proxy_set")),
-            number(one.get("random")),
+            _three_digits(one.get("proxy_set")),
+            _three_digits(one.get("random")),
             _MEANINGS.get(name, ""),
         )
         for name, one in found.items()
     ]
     header = ["measure", "chosen", "random", "what it tells"]
     return Table(caption, header, rows, simulated=simulated, words=[3])
+
+
+def _three_digits(value: float | None) -> str:
+    """All alike, so that a column can be compared at a glance."""
+    return "–" if value is None else f"{value:,.3f}"

@@ -768,6 +768,7 @@ def _trainer(
     from callbacks.coverage_figure import CoverageFigure
     from callbacks.log_config import LogConfig
     from callbacks.proxy_quality import ProxyQuality
+    from callbacks.random_images import RandomImages
     from callbacks.run_timer import RunTimer
     from callbacks.sampling_statistics import SamplingStatistics
     from callbacks.stop_and_resume import StopAndResume
@@ -783,6 +784,7 @@ def _trainer(
         ProxyQuality(),
         CoverageFigure(),
         ChosenImages(),
+        RandomImages(),
         TrainingCurves(),
         *more,
     ]

@@ -17,9 +17,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.chosen_images import ChosenImages, draw_chosen, draw_random, evenly_over_clusters
+from callbacks.chosen_images import ChosenImages, draw_chosen, evenly_over_clusters
 from callbacks.coverage_figure import CoverageFigure
 from callbacks.probed import Probed
+from callbacks.random_images import RandomImages, draw_random
 from callbacks.run_timer import RunTimer, num_images
 from callbacks.sampling_statistics import SamplingStatistics
 from callbacks.training_curves import TrainingCurves
@@ -138,6 +139,7 @@ def all_callbacks() -> list[L.Callback]:
         SamplingStatistics(),
         CoverageFigure(),
         ChosenImages(12),
+        RandomImages(12),
         TrainingCurves(),
         RunTimer(),
     ]
@@ -253,7 +255,7 @@ def test_coverage_of_a_client_like_nothing_in_the_pool(tmp_path: Path) -> None:
 def test_the_baselines_have_no_coverage(tmp_path: Path) -> None:
     logger = Recorder(tmp_path)
     trainer = stub_trainer(tmp_path, Probed40(make_result(asked=False), None), loggers=[logger])
-    for callback in (SamplingStatistics(), CoverageFigure(), ChosenImages(5)):
+    for callback in (SamplingStatistics(), CoverageFigure(), ChosenImages(5), RandomImages(5)):
         callback.setup(trainer, Linear(), "fit")
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
         "chosen.png",
@@ -343,8 +345,9 @@ def test_a_random_sample_of_the_pool_beside_it() -> None:
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_number_of_images_is_checked(number: int) -> None:
-    with pytest.raises(ValueError, match="num_images must be at least 1"):
-        ChosenImages(number)
+    for kind in (ChosenImages, RandomImages):
+        with pytest.raises(ValueError, match="num_images must be at least 1"):
+            kind(number)
 
 
 # --- whole runs ------------------------------------------------------------------------------
@@ -362,7 +365,7 @@ def test_fit_and_test(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "training.png").read_bytes() != untested
     assert (tmp_path / "figures" / "chosen.png").stat().st_mtime_ns == chosen
 
-    curves, timer = trainer.callbacks[3], trainer.callbacks[4]
+    curves, timer = trainer.callbacks[4], trainer.callbacks[5]
     assert isinstance(timer, RunTimer)
     steps = {name: [step for step, _ in points] for name, points in curves.state_dict().items()}
     assert steps == {
@@ -413,7 +416,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     trainer.fit(Linear(), Probed40(make_result()))
     trainer.test(Linear(), Probed40(make_result()), verbose=False)
     assert not list(tmp_path.iterdir())
-    assert trainer.callbacks[3].state_dict()  # read there too: epoch metrics are collective
+    assert trainer.callbacks[4].state_dict()  # read there too: epoch metrics are collective
 
 
 def test_resumed_curves_and_times_are_whole(tmp_path: Path) -> None:

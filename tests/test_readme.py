@@ -66,6 +66,15 @@ def test_studies_shown_exist_and_the_flags_do(command):
 
 
 @pytest.mark.parametrize(
+    "module", sorted({c.split()[2] for c in COMMANDS if c.startswith("python -m ecos_pl.")})
+)
+def test_programs_shown_exist(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "usage" in done.stdout
+
+
+@pytest.mark.parametrize(
     "script", sorted({n for c in COMMANDS for n in c.split() if n.startswith("scripts/")})
 )
 def test_scripts_for_clusters_exist(script):
@@ -106,6 +115,7 @@ def test_options_named_in_the_readme_exist(key):
 
     files = (
         "csv",
+        "html",
         "json",
         "md",
         "onnx",

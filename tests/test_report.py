@@ -214,12 +214,12 @@ def test_the_bytes_depend_on_the_folder_alone(finished: Path, folder: Path) -> N
 # --- hostile names ---------------------------------------------------------------------------
 
 
-def test_names_are_never_markup(folder: Path) -> None:
-    harmless = _renamed(folder, "harmless")
+def test_names_are_never_markup(folder: Path, tmp_path: Path) -> None:
+    harmless = _renamed(shutil.copytree(folder, tmp_path / "harmless"), "harmless")
     evil = _renamed(folder, EVIL)
     assert not evil.all("script")
     assert [tag for tag, _ in evil.tags] == [tag for tag, _ in harmless.tags]
-    assert evil.text.count(EVIL) == harmless.text.count("harmless") >= 9
+    assert evil.texts.count(EVIL) == harmless.texts.count("harmless") >= 9
 
 
 def _renamed(folder: Path, name: str) -> Page:
@@ -300,6 +300,34 @@ def test_a_run_that_asked_nothing(folder: Path) -> None:
     assert "Sent by the client" not in text
 
 
+def test_a_choice_that_is_not_private_says_so(folder: Path) -> None:
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("strategy: ecos", "strategy: mak"))
+    change(
+        folder / "summary.json",
+        releases=[],
+        privacy={"epsilon": None},
+        communication={"bytes_down": 0, "bytes_up": 0, "round_trips": 0},
+    )
+    text = page_of(folder).text
+    assert "This is not private" in text
+    assert "no ε can be stated" in text
+    assert "The client was asked nothing" not in text
+    assert "ε = 0" not in text
+
+
+def test_figures_of_known_names_stand_where_they_belong(folder: Path) -> None:
+    names = ("rejected", "embedding_map", "privacy_ledger", "confusion_matrix", "calibration")
+    for name in (*names, "of_somebody"):
+        shutil.copy(folder / "figures/chosen.png", folder / f"figures/{name}.png")
+    (folder / "figures/training.png").unlink()
+    html = report_html(folder)
+    [last] = html.split('<section id="figures"')[1:]
+    assert last.partition("</section>")[0].count("<img") == 1
+    assert "<b>Of somebody</b>" in last
+    assert html.count("<img") == len(list((folder / "figures").glob("*.png")))
+
+
 def test_a_real_client_shows_no_simulation_and_no_times_of_its_own(folder: Path) -> None:
     reconfigure(folder, "client=mailbox", "client.url=sftp://ann:geheim@host/box?token=abc123")
     change(
@@ -337,7 +365,7 @@ def test_rounds_and_quality_have_tables(folder: Path) -> None:
         folder / "summary.json",
         rounds=[one],
         releases=[*summary["releases"], summary["releases"][1]],
-        quality={"near_duplicates": {"proxy_set": 0.0123, "random": 0.2}},
+        quality={"near_duplicate_rate": {"proxy_set": 0.0123, "random": 0.2}},
         simulation={
             "quality": {"distance": {"proxy_set": 0.5, "random": None}},
             "class_accuracy": {"vertical": 0.75, "horizontal": 1.0},
@@ -347,8 +375,8 @@ def test_rounds_and_quality_have_tables(folder: Path) -> None:
     assert "1 1 14.7% 89.3%" in text
     assert "ask again in its terms (7.1 MB)" in text
     assert text.count("once more, now as the network trained so far sees them") == 2
-    assert "near duplicates 0.0123 0.2" in text
-    assert "distance 0.5 –" in text
+    assert "near duplicate rate 0.012 0.200 share of images that look like another one" in text
+    assert "distance 0.500 –" in text
     assert "Test accuracy by class simulation class accuracy vertical 75.0%" in text
 
 

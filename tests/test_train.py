@@ -82,7 +82,7 @@ def test_a_folder_run_leaves_everything_it_should(run, tmp_path):
     assert set(summary["quality"]["cluster_entropy"]) == {"proxy_set", "random"}
     wanted = {"embed", "cluster", "ask", "select", "label", "fit", "test", "total"}
     assert wanted <= set(summary["seconds"])
-    for name in ("coverage", "chosen", "training"):
+    for name in ("coverage", "chosen", "random", "training"):
         assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
     proxy_set = ProxySet.load(folder)
     assert len(proxy_set) == 60
@@ -93,6 +93,8 @@ def test_a_folder_run_leaves_everything_it_should(run, tmp_path):
     assert {"val/accuracy", "simulation/purity", "probe/epsilon"} <= set(columns)
     assert {"quality/pool_radius", "simulation/quality/random/client_distance"} <= set(columns)
     assert max(map(len, out.splitlines())) <= 80
+    assert (folder / "report.html").stat().st_size > 50_000
+    assert "report.html" in "".join(out.split())
     assert "ε = 6.00 at δ = 1e-05" in out
     assert "purity" in out
     assert "distance to client*" in out

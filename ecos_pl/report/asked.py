@@ -29,6 +29,10 @@ _STRATEGIES = {
     "ecos": "where the client's images lie, by its noisy counts",
     "random": "at random",
     "all": "everything",
+    "cluster_uniform": "alike from all groups of similar public images",
+    "k_center": "so that every public image is near a chosen one",
+    "mak": "near the client's images and diverse, by looking at them (not private)",
+    "nearest": "nearest to the client's images, by looking at them (not private)",
     "oracle": "at random from the client's domain, which only a simulation knows",
 }
 
@@ -86,6 +90,8 @@ def _encoder(record: RunRecord) -> str:
 def _questions(record: RunRecord) -> list[Block]:
     if not record.has_proxy_set:
         return []
+    if not record.is_private:
+        return [Text("The choice read the client's images themselves.")]
     if not record.epsilon:
         return [Text("The client was asked nothing.")]
     return [Steps("Questions to the client, in this order", questions(record))]

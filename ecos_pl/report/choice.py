@@ -1,4 +1,4 @@
-"""What was chosen, and how good the choice is beside a random one."""
+"""What was chosen: pictures, regions, domains, labels, sources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from ecos_pl.report.blocks import Block, Fact, Facts, Side, Table
 from ecos_pl.report.pictures import Figures
 from ecos_pl.report.run_record import RunRecord
-from ecos_pl.report.words import counted, number, percent
+from ecos_pl.report.words import counted
 
 _MAX_ROWS = 16  # longer tables are folded away
 
@@ -18,12 +18,14 @@ def chosen(record: RunRecord, figures: Figures) -> list[Block]:
     if not record.has_proxy_set:
         return []
     side = [p for name in ("chosen", "random") if (p := figures.take(name)) is not None]
-    counts = figures.take("coverage")
+    counts, rejected, on_map = (
+        figures.take(name) for name in ("coverage", "rejected", "embedding_map")
+    )
     return [
         *([Side(side)] if side else []),
         Facts(_facts(record)),
         *_beside([*_domains(record), *_labels(record)]),
-        *([counts] if counts is not None else []),
+        *(p for p in (counts, rejected, on_map) if p is not None),
         *_sources(record),
     ]
 
@@ -119,50 +121,3 @@ def _sources(record: RunRecord) -> list[Block]:
         note = "“unknown”: nobody stated a licence when the pool was named; ask before you publish."
     header = ["collection", "licence", "chosen", "images in all"]
     return [Table("Sources and licences", header, rows, note, words=[1])]
-
-
-def quality(record: RunRecord) -> list[Block]:
-    """Blocks of the section on how good the choice is."""
-    known = record.fact("simulation") or {}
-    blocks: list[Block] = []
-    if known.get("purity") is not None:
-        facts = [
-            Fact(
-                "Purity",
-                percent(known["purity"]),
-                "share of the chosen images that are of the client's kind (its domain)",
-                simulated=True,
-            ),
-            Fact(
-                "Purity of a random choice",
-                percent(known.get("random_purity")),
-                "the share among all public images",
-                simulated=True,
-            ),
-        ]
-        if known.get("label_accuracy") is not None:
-            facts.append(
-                Fact(
-                    "Right labels",
-                    percent(known["label_accuracy"]),
-                    "of the chosen images of the client's kind that have a label",
-                    simulated=True,
-                )
-            )
-        blocks.append(Facts(facts))
-    for found, simulated in (
-        (record.fact("quality"), False),
-        (record.fact("simulation", "quality"), True),
-    ):
-        if found:
-            blocks.append(_quality_table(found, simulated))
-    return blocks
-
-
-def _quality_table(found: dict[str, Any], simulated: bool) -> Table:
-    caption = "Measured with the client's data" if simulated else "Measured on public images alone"
-    rows = [
-        (name.replace("_", " "), number(one.get("proxy_set")), number(one.get("random")))
-        for name, one in found.items()
-    ]
-    return Table(caption, ["measure", "chosen", "random"], rows, simulated=simulated)

@@ -7,6 +7,7 @@ import math
 from ecos_pl.accounting import round_up
 from ecos_pl.report.asked import questions
 from ecos_pl.report.blocks import Block, Fact, Facts, Table, Text
+from ecos_pl.report.pictures import Figures
 from ecos_pl.report.run_record import RunRecord
 from ecos_pl.report.words import counted, data_size, duration, number
 
@@ -22,15 +23,20 @@ _STEPS = {
 _MIN_SHOWN = 0.05  # seconds
 
 
-def cost(record: RunRecord) -> list[Block]:
+def cost(record: RunRecord, figures: Figures) -> list[Block]:
     """Blocks of the section."""
-    return [*_privacy(record), *_messages(record), *_labels(record), *_time(record)]
+    ledger = figures.take("privacy_ledger")
+    privacy = [*_privacy(record), *([ledger] if ledger is not None else [])]
+    return [*privacy, *_messages(record), *_labels(record), *_time(record)]
 
 
 def _privacy(record: RunRecord) -> list[Block]:
     if not record.has_proxy_set:
         return []
     privacy = record.fact("privacy") or {}
+    if not record.is_private:
+        text = "Privacy: none. The choice read the client's images, so no ε can be stated."
+        return [Text(text)]
     if not record.epsilon:
         return [Text("Privacy: the client released nothing (ε = 0).")]
     unit = str(privacy["unit"])

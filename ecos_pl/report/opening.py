@@ -10,6 +10,13 @@ _HOW_CHOSEN = {
     "ecos": "They were chosen for a client, without seeing its images, from {pool}",
     "random": "They were drawn at random from {pool}, as a yardstick for choosing with care",
     "all": "They are {pool}, all of it",
+    "cluster_uniform": "They were drawn alike from all groups of similar images of {pool}, as a "
+    "yardstick for choosing with care",
+    "k_center": "They were chosen to stand for the whole of {pool}, as a yardstick for choosing "
+    "for a client",
+    "mak": "They were chosen from {pool} by looking at the client's own images, as a yardstick",
+    "nearest": "They are those of {pool} that lie nearest to the client's own images, as a "
+    "yardstick",
     "oracle": "They were drawn from those images of {pool} that are known to be of the client's "
     "kind, which only a simulation can know",
 }
@@ -61,6 +68,11 @@ def _verb(record: RunRecord) -> str:
 
 
 def _cost(record: RunRecord) -> str:
+    if not record.is_private:
+        return (
+            "This is not private: the choice read the client's images themselves, which only a "
+            "simulation can do."
+        )
     questions = record.fact("communication", "round_trips")
     if not record.epsilon:
         return "The client was asked nothing, so nothing about its images was revealed."

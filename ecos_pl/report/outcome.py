@@ -46,7 +46,7 @@ def _rounds(record: RunRecord) -> list[Block]:
     return [Table("Further rounds of labels", header, rows, note)]
 
 
-def result(record: RunRecord) -> list[Block]:
+def result(record: RunRecord, figures: Figures) -> list[Block]:
     """Blocks of the section on the result."""
     known = record.fact("simulation") or {}
     facts = []
@@ -84,7 +84,8 @@ def result(record: RunRecord) -> list[Block]:
                 folded=folded,
             )
         )
-    return blocks
+    pictures = [p for one in ("confusion_matrix", "calibration") if (p := figures.take(one))]
+    return [*blocks, *([Side(pictures)] if pictures else [])]
 
 
 def model(record: RunRecord) -> list[Block]:

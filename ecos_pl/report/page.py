@@ -11,11 +11,12 @@ import yaml  # type: ignore[import-untyped]
 from ecos_pl.accounting import round_up
 from ecos_pl.report.asked import asked
 from ecos_pl.report.blocks import Block, Fact, Facts, Files, Section, Source, Table, Text
-from ecos_pl.report.choice import chosen, quality
+from ecos_pl.report.choice import chosen
 from ecos_pl.report.cost import cost
 from ecos_pl.report.opening import opening
 from ecos_pl.report.outcome import model, result, training
 from ecos_pl.report.pictures import Figures
+from ecos_pl.report.quality import quality
 from ecos_pl.report.run_record import RunRecord, read_run
 from ecos_pl.report.settings import command, differences, in_words, printable
 from ecos_pl.report.words import data_size, percent
@@ -99,7 +100,8 @@ def highlights(record: RunRecord) -> list[Fact]:
     known, found = record.fact("simulation") or {}, []
     if record.has_proxy_set:
         found.append(Fact("images chosen", f"{record.fact('proxy', 'size'):,}"))
-        found.append(Fact("privacy loss ε", round_up(record.epsilon) if record.epsilon else "0"))
+        epsilon = round_up(record.epsilon) if record.epsilon else "0"
+        found.append(Fact("privacy loss ε", epsilon if record.is_private else "not private"))
         sent = record.fact("communication") or {}
         found.append(Fact("sent by the client", data_size(sent.get("bytes_up") or 0)))
     if known.get("purity") is not None:
@@ -117,11 +119,11 @@ def sections(record: RunRecord) -> list[Section]:
     figures = Figures(record.folder / "figures")
     return [
         Section("asked", "What was asked", asked(record)),
-        Section("cost", "What it cost", cost(record)),
+        Section("cost", "What it cost", cost(record, figures)),
         Section("chosen", "What was chosen", chosen(record, figures)),
         Section("quality", "How good the choice is", quality(record)),
         Section("training", "How the training went", training(record, figures)),
-        Section("result", "The result", result(record)),
+        Section("result", "The result", result(record, figures)),
         Section("model", "The network", model(record)),
         Section("figures", "More figures", figures.rest()),
         Section("config", "Configuration", _config(record)),
@@ -145,14 +147,11 @@ def _config(record: RunRecord) -> list[Block]:
 
 
 def _again(record: RunRecord) -> list[Block]:
-    text = (
-        "The same command in the same place reads what is there: the client is asked nothing "
-        "twice, and no privacy is spent again."
-    )
+    text = "The same command in the same place reads what is there, and redoes nothing."
     if record.epsilon:
         text += (
-            " Elsewhere it asks the client anew: that spends privacy anew, and the client's new "
-            "random noise makes the result differ a little."
+            " The client is not asked again, and no privacy is spent twice. Elsewhere it is asked "
+            "anew: that spends privacy, and its new random noise makes the result differ a little."
         )
     blocks: list[Block] = [
         Source("Command", command(printable(record.config)), open=True),

@@ -26,6 +26,26 @@ _CAPTIONS = {
         "One bar for each region of the public images: how many of the client's images lie there, "
         "with the client's noise; the line shows how many public images were chosen there.",
     ),
+    "rejected": (
+        "Images that were not chosen",
+        "From the regions that were left out, and from those that were kept.",
+    ),
+    "embedding_map": (
+        "A map of the public images",
+        "Each dot is a public image; images that look alike to the encoder lie near each other.",
+    ),
+    "privacy_ledger": (
+        "Privacy loss, answer by answer",
+        "ε of all answers so far, after each of them.",
+    ),
+    "confusion_matrix": (
+        "Which classes are taken for which",
+        "Simulation: the client's test images by true class and by the network's answer.",
+    ),
+    "calibration": (
+        "How sure the network is, and how often it is right",
+        "Simulation: on the client's test images; on the diagonal, both agree.",
+    ),
     "training": (
         "Training",
         "Loss, accuracy and learning rate over the training steps, as a picture file.",

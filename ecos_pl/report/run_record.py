@@ -72,8 +72,13 @@ class RunRecord:
         return sum(pool["num_images"] for pool in self.fact("proxy", "pools") or ())
 
     @property
+    def is_private(self) -> bool:
+        """There is an ε; a selection that reads the client's images has none."""
+        return not self.has_proxy_set or self.fact("privacy", "epsilon") is not None
+
+    @property
     def epsilon(self) -> float:
-        """What all answers of the client together cost."""
+        """What all answers of the client together cost; 0 without any, and where not private."""
         return float(self.fact("privacy", "epsilon") or 0.0)
 
 

@@ -116,7 +116,8 @@ def client_rows(
 def drawn_rows(draw: ClientDraw, codes: Ints, classes: Sequence[str], place: str) -> Ints:
     """Rows [n] of the client's training images, ascending.
 
-    The images of a smaller client are among those of a larger one of the same seed.
+    The images of a smaller client are among those of a larger one of the same seed, unless class
+    shares are drawn.
 
     Args:
         draw: What the client is to be.

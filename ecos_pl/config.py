@@ -175,7 +175,7 @@ class Digits5Options(Part):
         ["mnist", "svhn", "usps", "synth_digits", "mnist_m"], "which domains, as in [mnist,usps]"
     )
     max_per_domain: int | None = option(
-        None, "training images of each domain at most, at random; null: all (600,000)", minimum=1
+        None, "training images of each domain at most, at random; null: all (679,000)", minimum=1
     )
     download: bool = option(False, "fetch what is missing of MNIST, SVHN and USPS")
     allow_pickle: bool = option(

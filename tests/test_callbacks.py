@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.chosen_images import ChosenImages, draw_chosen, evenly_over_clusters
+from callbacks.chosen_images import ChosenImages, draw_chosen, draw_random, evenly_over_clusters
 from callbacks.coverage_figure import CoverageFigure
 from callbacks.probed import Probed
 from callbacks.run_timer import RunTimer, num_images
@@ -195,7 +195,7 @@ class Recorder(CSVLogger):
 def test_statistics_log_public_and_noisy_numbers_and_the_simulation(tmp_path: Path) -> None:
     logger = Recorder(tmp_path)
     trainer = stub_trainer(tmp_path, Probed40(make_result()), loggers=[logger])
-    SamplingStatistics().setup(trainer, Linear(), "fit")
+    SamplingStatistics().on_fit_start(trainer, Linear())
     [(step, got)] = logger.got
     assert step == 0
     assert got == {
@@ -225,7 +225,7 @@ def test_no_time_of_the_client_is_logged(tmp_path: Path) -> None:
     result = replace(result, communication={**result.communication, "round_trips": 2})
     logger = Recorder(tmp_path)
     trainer = stub_trainer(tmp_path, Probed40(result), loggers=[logger])
-    SamplingStatistics().setup(trainer, Linear(), "fit")
+    SamplingStatistics().on_fit_start(trainer, Linear())
     timed = {name for name in logger.got[0][1] if "seconds" in name}
     assert timed == {f"probe/seconds/{step}" for step in ("embed", "cluster", "select")}
 
@@ -233,10 +233,10 @@ def test_no_time_of_the_client_is_logged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_clusters", [1, 40])
 def test_pictures_of_any_number_of_clusters(tmp_path: Path, num_clusters: int) -> None:
     trainer = stub_trainer(tmp_path, Probed40(make_result(num_clusters)))
-    CoverageFigure().setup(trainer, Linear(), "fit")
+    CoverageFigure().on_fit_start(trainer, Linear())
     check_picture(tmp_path / "figures" / "coverage.png", min_width=1200)
     if num_clusters == 1:
-        ChosenImages(3).setup(trainer, Linear(), "fit")
+        ChosenImages(3).on_fit_start(trainer, Linear())
         check_picture(tmp_path / "figures" / "chosen.png")
     assert not list((tmp_path / "figures").glob(".*"))
 
@@ -246,7 +246,7 @@ def test_coverage_of_a_client_like_nothing_in_the_pool(tmp_path: Path) -> None:
     below = torch.full((5,), -7)
     none = replace(result.selection, kept=below > 0, quotas=torch.zeros(5, dtype=torch.int64))
     result = replace(result, noisy_counts=below, selection=none)
-    CoverageFigure().setup(stub_trainer(tmp_path, Probed40(result)), Linear(), "fit")
+    CoverageFigure().on_fit_start(stub_trainer(tmp_path, Probed40(result)), Linear())
     check_picture(tmp_path / "figures" / "coverage.png")
 
 
@@ -254,8 +254,11 @@ def test_the_baselines_have_no_coverage(tmp_path: Path) -> None:
     logger = Recorder(tmp_path)
     trainer = stub_trainer(tmp_path, Probed40(make_result(asked=False), None), loggers=[logger])
     for callback in (SamplingStatistics(), CoverageFigure(), ChosenImages(5)):
-        callback.setup(trainer, Linear(), "fit")
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["chosen.png"]
+        callback.on_fit_start(trainer, Linear())
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "chosen.png",
+        "random.png",
+    ]
     assert logger.got[0][1]["probe/kept_clusters"] == 5
 
 
@@ -268,7 +271,7 @@ def test_nothing_to_do(tmp_path: Path, facts: dict[str, Any]) -> None:
     trainer = stub_trainer(tmp_path, datamodule, loggers=[logger])
     vars(trainer).update(facts)
     for callback in (SamplingStatistics(), CoverageFigure(), ChosenImages()):
-        callback.setup(trainer, Linear(), "fit")
+        callback.on_fit_start(trainer, Linear())
     assert not logger.got
     assert not (tmp_path / "figures").exists()
 
@@ -277,11 +280,15 @@ def test_once_for_each_probe(tmp_path: Path) -> None:
     logger, datamodule = Recorder(tmp_path), Probed40(make_result())
     trainer = stub_trainer(tmp_path, datamodule, loggers=[logger])
     callback = SamplingStatistics()
-    for stage in ("fit", "test"):
-        callback.setup(trainer, Linear(), stage)
+    callback.on_fit_start(trainer, Linear())
+    callback.on_test_start(trainer, Linear())
+    assert len(logger.got) == 1
+    resumed = SamplingStatistics()
+    resumed.load_state_dict(callback.state_dict())
+    resumed.on_fit_start(trainer, Linear())
     assert len(logger.got) == 1
     datamodule.probe_result = replace(make_result(), fingerprint="cd" * 32)
-    callback.setup(trainer, Linear(), "test")
+    callback.on_test_start(trainer, Linear())
     assert len(logger.got) == 2
 
 
@@ -321,6 +328,23 @@ def test_without_a_known_domain_no_colour_tells() -> None:
     assert figure.get_supxlabel() == ""
 
 
+def test_a_random_sample_of_the_pool_beside_it() -> None:
+    found = Probed(make_result(), SimpleNamespace(pool=Pool(), client_domain="photo"), {})
+    figure = draw_random(found, 39)
+    [axes] = figure.axes
+    assert len(axes.images) == 39  # all but the damaged one
+    texts = [text.get_text() for text in axes.texts]
+    names = [name or "" for i, name in enumerate(Pool.labels) if i != 9]
+    assert sorted(texts[::2]) == sorted(names)
+    assert texts[1::2].count("photo") == 19
+    assert len([line for line in axes.lines if line.get_linewidth() > 2]) == 19
+    assert figure.get_suptitle() == (
+        "39 of 40 images of the pool, drawn at random\nits own label and its domain"
+    )
+    again = draw_random(found, 7)
+    assert [text.get_text() for text in again.axes[0].texts] == texts[:14]
+
+
 @pytest.mark.parametrize("number", [0, -1])
 def test_number_of_images_is_checked(number: int) -> None:
     with pytest.raises(ValueError, match="num_images must be at least 1"):
@@ -334,7 +358,7 @@ def test_fit_and_test(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, all_callbacks(), logger=CSVLogger(tmp_path, name="csv"))
     module, datamodule = Linear(), Probed40(make_result())
     trainer.fit(module, datamodule)
-    for name in ("coverage", "chosen", "training"):
+    for name in ("coverage", "chosen", "random", "training"):
         check_picture(tmp_path / "figures" / f"{name}.png")
     untested = (tmp_path / "figures" / "training.png").read_bytes()
     chosen = (tmp_path / "figures" / "chosen.png").stat().st_mtime_ns
@@ -372,6 +396,7 @@ def test_a_test_alone_shows_the_probe_but_no_training(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "coverage.png",
         "chosen.png",
+        "random.png",
     }
 
 
@@ -491,7 +516,7 @@ def test_wandb_offline_gets_tables_histogram_and_pictures(tmp_path: Path) -> Non
     wandb.finish()
     media = next(tmp_path.glob("wandb/offline-run-*/files/media"))
     pictures = {path.name.rsplit("_", 2)[0] for path in (media / "images/figures").iterdir()}
-    assert pictures == {"coverage", "chosen", "training"}
+    assert pictures == {"coverage", "chosen", "random", "training"}
     contents = [json.loads(path.read_text()) for path in media.rglob("*.json")]
     columns = {tuple(table["columns"]): table["data"] for table in contents}
     assert len(columns[("cluster", "size", "quota", "kept", "noisy count")]) == 5

@@ -37,6 +37,7 @@ from ecos_pl.config import (
     NoLabelsOptions,
     PublicLabelsOptions,
     SelfLabelingOptions,
+    TensorboardOptions,
     WandbOptions,
     load_config,
     parse_command_line,
@@ -154,15 +155,22 @@ def train(config: Config) -> dict[str, Any]:
     start = time.perf_counter()
     import lightning as L
 
+    from callbacks.loggers import closing
+
+    _quiet()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    folder = run_folder(config)
+    with closing(_logger(config, folder)) as logger:
+        return _train(config, folder, logger, start)
+
+
+def _train(config: Config, folder: Path, logger: Any, start: float) -> dict[str, Any]:
     from ecos_pl.environment import environment_facts
     from ecos_pl.model_file import save_model
     from ecos_pl.report import write_report
     from ecos_pl.storage import write_json
     from ecos_pl.summary import print_summary, summarise
 
-    _quiet()
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    folder = run_folder(config)
     _check_labels(config)
     _check_selection(config)
     scenario = _scenario(config)
@@ -170,7 +178,7 @@ def train(config: Config) -> dict[str, Any]:
     datamodule = _datamodule(config, scenario, folder, teacher)
     module = _module(config, scenario, folder, datamodule, teacher)
     rounds = _label_rounds(config, folder)
-    trainer, timer = _trainer(config, folder, [rounds] if rounds else [])
+    trainer, timer = _trainer(config, folder, logger, [rounds] if rounds else [])
     if isinstance(config.task, CompressionOptions):
         if trainer.world_size > 1:
             raise ConfigError("task=compression trains on one device: add trainer.devices=1")
@@ -181,7 +189,7 @@ def train(config: Config) -> dict[str, Any]:
         _probe_here_if_workers_cannot_tell(trainer, datamodule)
         trainer.fit(module, datamodule, ckpt_path=newest_checkpoint(folder), weights_only=True)
         if not config.trainer.fast_dev_run:
-            module = _delivered(config, scenario, folder, datamodule, teacher, timer)
+            module = _delivered(config, scenario, folder, datamodule, teacher, timer, trainer)
             if rounds:
                 rounds.catch_up(datamodule)
         if scenario.client_test is not None:
@@ -220,7 +228,9 @@ def train(config: Config) -> dict[str, Any]:
             datamodule.probe_result.proxy_set.save(folder)
         if _deliver(config, folder, summary):
             write_json(folder / "summary.json", summary)
-        write_report(folder)
+        _log_model(trainer, folder, summary, scenario)
+        if config.callbacks.report:
+            write_report(folder)
     if trainer.is_global_zero:
         print_summary(summary, folder)
     return summary
@@ -758,54 +768,36 @@ def _label_rounds(config: Config, folder: Path) -> LabelRounds | None:
 
 
 def _trainer(
-    config: Config, folder: Path, more: Sequence[L.Callback] = ()
+    config: Config, folder: Path, logger: Any, more: Sequence[L.Callback] = ()
 ) -> tuple[L.Trainer, Any]:
     import lightning as L
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from callbacks.chosen_images import ChosenImages
-    from callbacks.coverage_figure import CoverageFigure
-    from callbacks.log_config import LogConfig
-    from callbacks.proxy_quality import ProxyQuality
-    from callbacks.random_images import RandomImages
+    from callbacks.choose import choose_callbacks, switchable
     from callbacks.run_timer import RunTimer
-    from callbacks.sampling_statistics import SamplingStatistics
-    from callbacks.stop_and_resume import StopAndResume
-    from callbacks.training_curves import TrainingCurves
-    from callbacks.weight_averaging import WarmupWeightAveraging
 
     options = asdict(config.trainer)
-    timer = RunTimer()
-    callbacks: list[L.Callback] = [
-        timer,
-        LogConfig(_shown(config)),
-        SamplingStatistics(),
-        ProxyQuality(),
-        CoverageFigure(),
-        ChosenImages(),
-        RandomImages(),
-        TrainingCurves(),
-        *more,
-    ]
-    if not config.trainer.fast_dev_run:
-        checkpoints = folder / "checkpoints"
-        callbacks.append(ModelCheckpoint(checkpoints, save_last=True, save_on_train_epoch_end=True))
-    if (
-        averages := isinstance(config.task, (SelfLabelingOptions, DistillationOptions))
-        and config.task.ema_decay is not None
-    ):
-        callbacks.append(WarmupWeightAveraging(config.task.ema_decay))
-    if not config.trainer.fast_dev_run:
-        callbacks.append(StopAndResume(checkpoints / "stopped.ckpt"))  # sees what the others did
-    logger = _logger(config, folder)
-    if logger:
-        callbacks.append(LearningRateMonitor("step"))
     options["enable_progress_bar"] &= sys.stdout.isatty()
-    if options["enable_progress_bar"]:
-        callbacks.append(RichProgressBar(leave=True))
     timeout_minutes = options.pop("timeout_minutes")
-    _check_strategy(config.trainer.strategy, averages, getattr(config.labels, "rounds", []))
+    switches = asdict(config.callbacks)
+    ema_decay, timer = getattr(config.task, "ema_decay", None), RunTimer()
+    callbacks = choose_callbacks(
+        switchable(
+            _shown(config),
+            max_epsilon=config.privacy.max_epsilon,
+            map_method=switches.pop("map_method"),
+            starts_from=_models_to_start_from(config),
+        ),
+        switches,
+        first=more,
+        timer=timer,
+        checkpoints=None if config.trainer.fast_dev_run else folder / "checkpoints",
+        ema_decay=ema_decay,
+        logs=bool(logger),
+        shows_progress=options["enable_progress_bar"],
+    )
+    averages, rounds = ema_decay is not None, getattr(config.labels, "rounds", [])
+    _check_strategy(config.trainer.strategy, averages, rounds)
     try:
         trainer = L.Trainer(
             default_root_dir=folder,
@@ -864,29 +856,36 @@ def _shown(config: Config) -> dict[str, Any]:
     return shown
 
 
+def _models_to_start_from(config: Config) -> dict[str, Path]:
+    """Files of models that training starts from or follows, by option."""
+    given = {key: getattr(config.task, key, None) for key in ("teacher", "weights")}
+    files = {f"task.{key}": Path(name).expanduser() for key, name in given.items() if name}
+    return {key: file for key, file in files.items() if file.is_file()}
+
+
 def _logger(config: Config, folder: Path) -> Any:
-    name = config.logger.name
-    if config.trainer.fast_dev_run or name == "none":
+    if config.trainer.fast_dev_run or config.logger.name == "none":
         return False
+    from callbacks import loggers
+
     if isinstance(config.logger, WandbOptions):
-        from lightning.pytorch.loggers import WandbLogger
+        options = asdict(config.logger)
+        options.pop("name")
+        return loggers.wandb_logger(folder, job_type=config.task.name, **options)
+    if isinstance(config.logger, TensorboardOptions):
+        return loggers.tensorboard_logger(folder)
+    return loggers.csv_logger(folder)
 
-        options = config.logger
-        return WandbLogger(
-            name=folder.name,
-            id=folder.name,
-            resume="allow",
-            save_dir=folder,
-            project=options.project,
-            entity=options.entity,
-            group=options.group,
-            tags=options.tags or None,
-            job_type=config.task.name,
-            mode=options.mode,
-        )
-    from lightning.pytorch.loggers import CSVLogger
 
-    return CSVLogger(folder, name="metrics")
+def _log_model(
+    trainer: L.Trainer, folder: Path, summary: dict[str, Any], scenario: Scenario
+) -> None:
+    from callbacks.artifacts import Artifacts
+
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Artifacts):
+            file = folder / "model.safetensors"
+            callback.log_model(trainer, file, summary, list(scenario.classes))
 
 
 def _quality(trainer: L.Trainer, datamodule: Any) -> dict[str, Any] | None:
@@ -1002,6 +1001,7 @@ def _delivered(
     datamodule: Any,
     teacher: FrozenTeacher | None,
     timer: Any,
+    trainer: L.Trainer,
 ) -> L.LightningModule:
     """A new module with the weights of the last checkpoint, averaged ones where there are any.
 
@@ -1017,7 +1017,9 @@ def _delivered(
         module.on_load_checkpoint(checkpoint)  # what was pruned has other shapes
         module.load_state_dict(checkpoint["state_dict"])
         if not timer.fit_seconds:  # the fit was in processes that have ended, or in an earlier call
-            timer.load_state_dict(checkpoint["callbacks"][timer.state_key])
+            from callbacks.choose import remember
+
+            remember(trainer, checkpoint["callbacks"])
     return module
 
 
@@ -1061,6 +1063,7 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*The number of training batches.*is smaller than the logging interval.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # some may be off now
         ".*using the WeightAveraging callback, but loading.*outside the 'fit' stage.*",
         ".*You defined a `validation_step` but have no `val_dataloader`.*",  # of a teacher
         ".*srun.*command is available.*",

@@ -1,32 +1,38 @@
-"""A look at the proxy set."""
+"""A look at the proxy set, and at the pool that it was chosen from."""
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 from typing_extensions import override
 
 from callbacks.figures import save_figure
 from callbacks.image_grid import (
-    Tile,
+    Cell,
     clients_legend,
     draw_grid,
     is_clients,
     shortened,
     thumbnail,
 )
-from callbacks.probed import Probed, probed
+from callbacks.probed import Probed
+from callbacks.shows_probe import ShowsProbe
 from ecos_pl.selection import water_fill
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LABEL_LENGTH = 12  # letters
 
-class ChosenImages(Callback):
+
+class ChosenImages(ShowsProbe):
     """Writes ``figures/chosen.png``: chosen images with their pseudo-labels, cluster by cluster.
+
+    Beside it ``figures/random.png``: as many images of the whole pool, drawn at random.
 
     Args:
         num_images: Images shown at most, drawn evenly over the clusters. Those that cannot be
@@ -36,19 +42,15 @@ class ChosenImages(Callback):
     def __init__(self, num_images: int = 36) -> None:
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, not {num_images}")
+        super().__init__()
         self.num_images = num_images
-        self._done: set[str] = set()
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        found = probed(trainer)
-        if found is None or found.result.fingerprint in self._done:
-            return
-        self._done.add(found.result.fingerprint)
-        if trainer.is_global_zero:
-            figure = draw_chosen(found, self.num_images)
+    def show(self, trainer: Trainer, found: Probed) -> None:
+        for name, draw in (("chosen", draw_chosen), ("random", draw_random)):
+            figure = draw(found, self.num_images)
             if figure is not None:
-                save_figure(trainer, figure, "chosen")
+                save_figure(trainer, figure, name)
 
 
 def evenly_over_clusters(clusters: Tensor, num_rows: int) -> list[int]:
@@ -73,22 +75,52 @@ def evenly_over_clusters(clusters: Tensor, num_rows: int) -> list[int]:
 
 
 def draw_chosen(found: Probed, num_images: int) -> Figure | None:
-    """The figure; None if no chosen image can be read."""
-    proxy_set, indices = found.result.proxy_set, found.result.indices.tolist()
-    tiles = []
+    """The figure of the proxy set; None if no chosen image can be read."""
+    proxy_set, pool = found.result.proxy_set, found.scenario.pool
+    cells = []
     for row in evenly_over_clusters(proxy_set.clusters, num_images):
-        image = thumbnail(found, indices[row])
-        if image is not None:
-            note = f"cluster {int(proxy_set.clusters[row])}"
-            framed = is_clients(found, indices[row])
-            tiles.append(Tile(image, _caption(found, row), note, framed))
-    if not tiles:
+        index = int(found.result.indices[row])
+        if (image := thumbnail(pool, index)) is not None:
+            cluster = f"cluster {int(proxy_set.clusters[row])}"
+            cells.append(Cell(image, _caption(found, row), cluster, is_clients(found, index)))
+    if not cells:
         return None
     title = (
-        f"{len(tiles)} of {len(proxy_set):,} chosen images\n"
+        f"{len(cells)} of {len(proxy_set):,} chosen images\n"
         f"label and its probability, from {proxy_set.label_source}"
     )
-    return draw_grid([("", tiles)], title, clients_legend(found))
+    return draw_grid(cells, title, clients_legend(found))
+
+
+def draw_random(found: Probed, num_images: int) -> Figure | None:
+    """The figure of the pool, the same at every call; None if no image of it can be read."""
+    pool = found.scenario.pool
+    drawn = random.Random(found.result.fingerprint).sample(
+        range(len(pool)), min(len(pool), 2 * num_images)
+    )
+    cells: list[Cell] = []
+    for index in drawn:
+        if len(cells) < num_images and (image := thumbnail(pool, index)) is not None:
+            line, small = (
+                shortened(name or "") for name in (pool.labels[index], _domain(found, index))
+            )
+            cells.append(Cell(image, line, small, is_clients(found, index)))
+    if not cells:
+        return None
+    what = [
+        name
+        for name, known in (
+            ("its own label", any(cell.line for cell in cells)),
+            ("its domain", any(cell.small for cell in cells)),
+        )
+        if known
+    ]
+    title = f"{len(cells)} of {len(pool):,} images of the pool, drawn at random"
+    return draw_grid(cells, f"{title}\n{' and '.join(what)}".rstrip(), clients_legend(found))
+
+
+def _domain(found: Probed, index: int) -> str | None:
+    return found.scenario.pool.domains[index]
 
 
 def _caption(found: Probed, row: int) -> str:
@@ -96,4 +128,5 @@ def _caption(found: Probed, row: int) -> str:
     if proxy_set.weights[row] <= 0:
         return "no label"
     probability, best = proxy_set.targets[row].max(dim=0)
-    return f"{shortened(proxy_set.classes[int(best)])} · {100 * float(probability):.0f} %"
+    label = shortened(proxy_set.classes[int(best)], _LABEL_LENGTH)
+    return f"{label} · {100 * float(probability):.0f} %"

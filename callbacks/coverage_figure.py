@@ -5,33 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from callbacks.figures import BLUE, DARK, GREY, ORANGE, new_figure, plain_axes, save_figure
-from callbacks.probed import probed
+from callbacks.probed import Probed
+from callbacks.shows_probe import ShowsProbe
 from ecos_pl.probe_result import ProbeResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class CoverageFigure(Callback):
+class CoverageFigure(ShowsProbe):
     """Writes ``figures/coverage.png``: noisy counts and quotas of all clusters.
 
     Nothing where the client was not asked for counts.
     """
 
-    def __init__(self) -> None:
-        self._done: set[str] = set()
-
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        found = probed(trainer)
-        if found is None or found.result.fingerprint in self._done:
-            return
-        self._done.add(found.result.fingerprint)
-        if trainer.is_global_zero and found.result.noisy_counts is not None:
+    def show(self, trainer: Trainer, found: Probed) -> None:
+        if found.result.noisy_counts is not None:
             save_figure(trainer, draw_coverage(found.result), "coverage")
 
 

@@ -1,4 +1,4 @@
-"""Figures without a screen: drawn by Agg, written into the run folder, shown in W&B."""
+"""Figures without a screen: drawn by Agg, written into the run folder, shown by the loggers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
 
+from callbacks.logging_to import log_image
 from ecos_pl.storage import write_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def plain_axes(axes: Axes, *, right: bool = False) -> None:
 
 
 def save_figure(trainer: Trainer, figure: Figure, name: str) -> Path:
-    """Write ``figures/<name>.png`` into the run folder and log it to W&B. Rank zero only."""
+    """Write ``figures/<name>.png`` into the run folder and log it. Rank zero only."""
     assert trainer.is_global_zero
     content = BytesIO()
     with warnings.catch_warnings():
@@ -48,7 +48,5 @@ def save_figure(trainer: Trainer, figure: Figure, name: str) -> Path:
         figure.savefig(content, format="png", dpi=DPI)
     path = Path(trainer.default_root_dir) / "figures" / f"{name}.png"
     write_bytes(path, content.getvalue())
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(f"figures/{name}", [str(path)], step=trainer.global_step)
+    log_image(trainer, f"figures/{name}", path)
     return path

@@ -12,6 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from callbacks.logging_to import log_scalars
+
 _NUM_WARM_UP = 3  # first steps of a fit that do not count
 _NUM_KEPT = 1000  # newest steps that the median is taken over
 
@@ -22,6 +24,8 @@ class RunTimer(Callback):
     A step lasts from the end of one batch to the end of the next, loading included; the
     first few, and the first of each epoch and after each validation, do not count. Nothing waits
     for the device: where no other part does either, steps that fit into its queue appear too short.
+
+    What other callbacks draw before and after the training does not count if they come first.
     """
 
     def __init__(self) -> None:
@@ -82,6 +86,10 @@ class RunTimer(Callback):
         self._num_steps += 1
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_fit()
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_fit()
         found = {
@@ -139,5 +147,4 @@ def num_images(batch: Any) -> int:
 
 def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
     if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        log_scalars(trainer, metrics)

@@ -6,38 +6,33 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
 from typing_extensions import override
 
-from callbacks.probed import Probed, probed
+from callbacks.logging_to import log_histogram, log_scalars, log_table
+from callbacks.probed import Probed
+from callbacks.shows_probe import ShowsProbe
 from ecos_pl.probe_result import ProbeResult
 
 
-class SamplingStatistics(Callback):
+class SamplingStatistics(ShowsProbe):
     """Logs ``probe/…`` (public, or noisy answers) and ``simulation/…`` (the benchmark's truth).
 
-    Any logger gets the scalars; W&B also a table of the clusters, a histogram of the quotas, and
-    the domains and true classes of the chosen images where the pool knows them.
+    Scalars; a table of the clusters; histograms of the quotas, of the noisy counts, and of how far
+    chosen and other images lie from their cluster's centroid; and the domains and true classes of
+    the chosen images where the pool knows them.
     """
 
-    def __init__(self) -> None:
-        self._done: set[str] = set()
-
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        found = probed(trainer)
-        if found is None or found.result.fingerprint in self._done:
-            return
-        self._done.add(found.result.fingerprint)
-        if not trainer.is_global_zero:
-            return
-        step = trainer.global_step
-        scalars = _scalars(found)
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
-            if isinstance(logger, WandbLogger):
-                _log_tables(logger, found, step)
+    def show(self, trainer: Trainer, found: Probed) -> None:
+        distances = _distances(found.result)
+        means = {f"probe/distance/{name}": float(one.mean()) for name, one in distances.items()}
+        log_scalars(trainer, {**_scalars(found), **means})
+        _log_tables(trainer, found)
+        for name, one in distances.items():
+            log_histogram(trainer, f"probe/distance_of_{name}", one.tolist())
 
 
 def _scalars(found: Probed) -> dict[str, float]:
@@ -68,20 +63,29 @@ def _cloud_seconds(result: ProbeResult) -> dict[str, float]:
     return {name: value for name, value in result.seconds.items() if name not in withheld}
 
 
-def _log_tables(logger: WandbLogger, found: Probed, step: int) -> None:
-    import wandb
+def _distances(result: ProbeResult) -> dict[str, Tensor]:
+    """Distances from the cluster's centroid, of chosen and of other images in the pool's sample."""
+    sample = result.pool_sample
+    if sample is None:
+        return {}
+    chosen = torch.isin(sample.rows, result.indices)
+    parts = {"chosen": sample.distances[chosen], "others": sample.distances[~chosen]}
+    return {name: part for name, part in parts.items() if len(part)}
 
+
+def _log_tables(trainer: Trainer, found: Probed) -> None:
     result = found.result
-    logger.log_table("probe/clusters", *_cluster_table(result), step=step)
-    quotas: Any = wandb.Histogram(result.selection.quotas.tolist())
-    logger.log_metrics({"probe/quotas": quotas}, step=step)
+    log_table(trainer, "probe/clusters", *_cluster_table(result))
+    log_histogram(trainer, "probe/quotas", result.selection.quotas.tolist())
+    if result.noisy_counts is not None:
+        log_histogram(trainer, "probe/noisy_counts", result.noisy_counts.tolist())
     indices, pool = result.indices.tolist(), found.scenario.pool
     for what, key, names in (
         ("domain", "simulation/chosen_domains", pool.domains),
         ("class", "simulation/chosen_classes", pool.labels),
     ):
         if any(name is not None for name in names):
-            logger.log_table(key, *_composition_table(what, names, indices), step=step)
+            log_table(trainer, key, *_composition_table(what, names, indices))
 
 
 def _cluster_table(result: ProbeResult) -> tuple[list[str], list[list[Any]]]:

@@ -35,6 +35,7 @@ from ecos_pl.overrides import (
 )
 
 __all__ = [
+    "CallbacksOptions",
     "CelebaUtkfaceOptions",
     "Cifar10ImageNet32Options",
     "ClientPrototypesOptions",
@@ -61,6 +62,7 @@ __all__ = [
     "SelfLabelingOptions",
     "SimulatedClientOptions",
     "TargetOptions",
+    "TensorboardOptions",
     "TrainerOptions",
     "WandbOptions",
     "config_of",
@@ -763,10 +765,55 @@ class WandbOptions(Part):
 
 
 @dataclass
+class TensorboardOptions(Part):
+    """Metrics, figures and samples for TensorBoard, in the run folder."""
+
+    name: str = "tensorboard"
+
+
+@dataclass
 class NoLoggerOptions(Part):
     """No metrics kept."""
 
     name: str = "none"
+
+
+@dataclass
+class CallbacksOptions:
+    """What is drawn and logged; each can be turned off, none changes what is trained."""
+
+    log_config: bool = option(True, "the config, to the logger")
+    sampling_statistics: bool = option(
+        True, "counts, quotas, thresholds, distances; domains and classes of what was chosen"
+    )
+    coverage_figure: bool = option(True, "figures/coverage.png: noisy counts and quotas by cluster")
+    chosen_images: bool = option(
+        True, "figures/chosen.png: chosen images with labels, and a random sample"
+    )
+    rejected_images: bool = option(True, "figures/rejected.png: images that were not chosen")
+    embedding_map: bool = option(
+        True, "figures/embedding_map.png: a sample of the pool, by choice and by domain"
+    )
+    map_method: str = option(
+        "pca",
+        "how the map comes to two dimensions; umap takes up to a minute and the extra umap",
+        choices=("pca", "umap"),
+    )
+    privacy_ledger: bool = option(True, "figures/privacy_ledger.png: epsilon after each release")
+    communication: bool = option(True, "bytes down and up by kind of message")
+    throughput: bool = option(True, "images per second and GPU memory as training goes on")
+    proxy_quality: bool = option(
+        True, "measures of the proxy set beside a random one, some seconds a probe"
+    )
+    training_curves: bool = option(True, "figures/training.png: loss and accuracy over the steps")
+    confusion_matrix: bool = option(
+        True, "figures/confusion_matrix.png and accuracy by class, in a simulation's test"
+    )
+    calibration: bool = option(
+        True, "figures/calibration.png: confidence and accuracy, in a simulation's test"
+    )
+    artifacts: bool = option(True, "proxy set and model as W&B artifacts")
+    report: bool = option(True, "report.html: the run on one page")
 
 
 @dataclass
@@ -811,7 +858,8 @@ class Config:
     )
     task: Part = part(SelfLabelingOptions, DistillationOptions, CompressionOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
-    logger: Part = part(CsvOptions, WandbOptions, NoLoggerOptions)
+    logger: Part = part(CsvOptions, WandbOptions, TensorboardOptions, NoLoggerOptions)
+    callbacks: CallbacksOptions = field(default_factory=CallbacksOptions)
 
 
 # --- loading -------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ecos_pl.mailbox import Mailbox
-from ecos_pl.messages import query_id_of
+from ecos_pl.messages import kind_of, query_id_of
 from ecos_pl.once import in_turn
 from ecos_pl.storage import read_json, write_bytes, write_json
 
@@ -23,6 +24,7 @@ class Conversation:
     Attributes:
         traffic: ``bytes_down, bytes_up, round_trips`` of everything said through this object, read
             from disk or not.
+        exchanges: The same one by one: ``kind, bytes_down, bytes_up``.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Conversation:
         self._mailbox_for = mailbox_for
         self._mailbox: Mailbox | None = None
         self.traffic = {"bytes_down": 0, "bytes_up": 0, "round_trips": 0}
+        self.exchanges: list[dict[str, Any]] = []
 
     def ask(self, query: bytes) -> bytes:
         """Ask once; the answer is kept, and read from disk when asked again.
@@ -50,7 +53,7 @@ class Conversation:
                 down, up = mailbox.bytes_sent - before[0], mailbox.bytes_received - before[1]
                 write_bytes(kept, answer)
                 write_json(sizes, {"bytes_down": down, "bytes_up": up})
-        self._count(sizes)
+        self._count(sizes, kind_of(query).removesuffix("_query"))
         self.traffic["round_trips"] += 1
         return kept.read_bytes()
 
@@ -70,12 +73,14 @@ class Conversation:
         if not sizes.is_file():
             down = mailbox.bytes_sent - before
             write_json(sizes, {"bytes_down": down, "bytes_up": 0})
-        self._count(sizes)
+        self._count(sizes, "backbone")
 
     def _open(self) -> Mailbox:
         self._mailbox = self._mailbox or self._mailbox_for(self._fingerprint)
         return self._mailbox
 
-    def _count(self, sizes: Path) -> None:
-        for name, size in read_json(sizes).items():
+    def _count(self, sizes: Path, kind: str) -> None:
+        found = read_json(sizes)
+        for name, size in found.items():
             self.traffic[name] += size
+        self.exchanges.append({"kind": kind, **found})

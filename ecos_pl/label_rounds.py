@@ -34,6 +34,7 @@ class LabelRound:
         traffic: ``bytes_down, bytes_up, round_trips``, the backbone included.
         changed: Share of the images whose most probable class is another one now.
         from_disk: Nothing was asked: it was there.
+        exchanges: What ``traffic`` sums up: ``kind, bytes_down, bytes_up`` of each.
     """
 
     number: int
@@ -44,6 +45,7 @@ class LabelRound:
     traffic: dict[str, int]
     changed: float
     from_disk: bool = False
+    exchanges: Sequence[dict[str, Any]] = ()
 
     def save(self, path: Path) -> None:
         """Write it, atomically: safetensors with a JSON header."""
@@ -53,6 +55,7 @@ class LabelRound:
             "max_per_unit": self.max_per_unit,
             "traffic": self.traffic,
             "changed": self.changed,
+            "exchanges": list(self.exchanges),
         }
         tensors = {"targets": self.targets.contiguous(), "weights": self.weights.contiguous()}
         write_bytes(path, save(tensors, {"label_round": json.dumps(about)}))

@@ -34,6 +34,7 @@ from ecos_pl.mailbox import Mailbox
 from ecos_pl.messages import CoverageAnswer, CoverageQuery
 from ecos_pl.near_duplicates import DUPLICATE_DISTANCE
 from ecos_pl.pool_embeddings import PoolEmbeddings, embed_pool, given_facts, pool_embeddings
+from ecos_pl.pool_sample import sample_pool
 from ecos_pl.privacy import Release
 from ecos_pl.probe_result import ProbeResult, unit_of
 from ecos_pl.proxy_set import ProxySet, pool_names, pools_of
@@ -258,6 +259,7 @@ class Probe:
         with ranks.first() as is_first:
             if is_first:
                 traffic_before = dict(self._conversation.traffic)
+                num_before = len(self._conversation.exchanges)
                 self._conversation.send_model(backbone.read_bytes())
                 labels = self._label(chosen, self._planned_for_labels(), number)
                 traffic = self._conversation.traffic
@@ -271,6 +273,7 @@ class Probe:
                     labels.max_per_unit,
                     {name: traffic[name] - traffic_before[name] for name in traffic},
                     share_changed(earlier, targets),
+                    exchanges=self._conversation.exchanges[num_before:],
                 )
         return ranks.broadcast(found)
 
@@ -479,6 +482,14 @@ class Probe:
             num_unreadable=len(bank.unreadable()),
             fingerprint=self.fingerprint,
             from_disk=False,
+            exchanges=list(self._conversation.exchanges),
+            pool_sample=sample_pool(
+                compressed.assignments,
+                compressed.projected,
+                compressed.centroids,
+                selection.indices,
+                seed=plan.seed,
+            ),
         )
         with committed_folder(self._folder) as aside:
             result.save(aside)

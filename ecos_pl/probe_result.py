@@ -14,6 +14,7 @@ from torch import Tensor
 from ecos_pl.accounting import PrivacyStatement, epsilon_of
 from ecos_pl.label_rounds import LabelRound
 from ecos_pl.messages import MessageError
+from ecos_pl.pool_sample import PoolSample
 from ecos_pl.privacy import Release
 from ecos_pl.proxy_set import ProxySet
 from ecos_pl.selection import Selection
@@ -41,6 +42,9 @@ class ProbeResult:
         num_unreadable: Pool images left out since they cannot be read.
         fingerprint: Of pool, encoder, plan and labeler.
         from_disk: Nothing was computed or asked: all was there.
+        exchanges: What ``communication`` sums up: ``kind, bytes_down, bytes_up`` of each.
+        pool_sample: Some of the pool's images, to be drawn; None in a result of before there was
+            any.
     """
 
     proxy_set: ProxySet
@@ -56,6 +60,8 @@ class ProbeResult:
     num_unreadable: int
     fingerprint: str
     from_disk: bool
+    exchanges: Sequence[dict[str, Any]] = ()
+    pool_sample: PoolSample | None = None
 
     @property
     def indices(self) -> Tensor:
@@ -118,6 +124,7 @@ class ProbeResult:
             communication={
                 name: size + found.traffic[name] for name, size in self.communication.items()
             },
+            exchanges=[*self.exchanges, *found.exchanges],
         )
 
     def save(self, folder: Path) -> None:
@@ -132,11 +139,14 @@ class ProbeResult:
         }
         if self.noisy_counts is not None:
             tensors["noisy_counts"] = self.noisy_counts
+        if self.pool_sample is not None:
+            tensors |= self.pool_sample.tensors()
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "probe.st")
         about = {
             "privacy": self.privacy,
             "releases": [asdict(release) for release in self.releases],
             "communication": self.communication,
+            "exchanges": list(self.exchanges),
             "seconds": self.seconds,
             "threshold": self.selection.threshold,
             "num_filled_up": self.selection.num_filled_up,
@@ -178,6 +188,8 @@ class ProbeResult:
             num_unreadable=about["num_unreadable"],
             fingerprint=fingerprint,
             from_disk=from_disk,
+            exchanges=about.get("exchanges", ()),
+            pool_sample=PoolSample.from_tensors(tensors),
         )
 
 

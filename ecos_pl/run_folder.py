@@ -33,7 +33,7 @@ def run_folder(config: Config) -> Path:
     return folder
 
 
-_NOT_THE_RUN = ("run_id", "run_root", "experiment")  # where and whence, not what
+_NOT_THE_RUN = ("run_id", "run_root", "experiment", "callbacks")  # where, whence, what is told
 _ABOUT_THE_JOB = ("annotators", "price_per_label", "returned")  # of labels: same job, same run
 _MAY_CHANGE = (
     *_NOT_THE_RUN,
@@ -50,11 +50,22 @@ _MAY_CHANGE = (
 
 def _differs(old: str, new: str) -> str:
     """First line in which two config files differ; empty if a run may go on with the new one."""
-    for old_line, new_line in zip(old.splitlines(), new.splitlines(), strict=False):
+    for old_line, new_line in zip(_what_runs(old), _what_runs(new), strict=False):
         key = new_line.strip().partition(":")[0]
         if old_line != new_line and key not in _MAY_CHANGE:
             return f"{old_line.strip()} there, {new_line.strip()} here"
     return ""
+
+
+def _what_runs(text: str) -> list[str]:
+    """Lines of a config file but for those about what is told of the run."""
+    kept, section = [], ""
+    for line in text.splitlines():
+        if not line.startswith((" ", "-")):
+            section = line.partition(":")[0]
+        if section != "callbacks":
+            kept.append(line)
+    return kept
 
 
 def newest_checkpoint(folder: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
+_wandb_home = tempfile.TemporaryDirectory(prefix="wandb-")
+for _folder in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+    os.environ.setdefault(_folder, _wandb_home.name)
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside each other: a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)

@@ -17,10 +17,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.chosen_images import ChosenImages, draw_chosen, evenly_over_clusters
+from callbacks.chosen_images import ChosenImages, draw_chosen, draw_random, evenly_over_clusters
 from callbacks.coverage_figure import CoverageFigure
 from callbacks.probed import Probed
-from callbacks.random_images import RandomImages, draw_random
 from callbacks.run_timer import RunTimer, num_images
 from callbacks.sampling_statistics import SamplingStatistics
 from callbacks.training_curves import TrainingCurves
@@ -139,7 +138,6 @@ def all_callbacks() -> list[L.Callback]:
         SamplingStatistics(),
         CoverageFigure(),
         ChosenImages(12),
-        RandomImages(12),
         TrainingCurves(),
         RunTimer(),
     ]
@@ -197,7 +195,7 @@ class Recorder(CSVLogger):
 def test_statistics_log_public_and_noisy_numbers_and_the_simulation(tmp_path: Path) -> None:
     logger = Recorder(tmp_path)
     trainer = stub_trainer(tmp_path, Probed40(make_result()), loggers=[logger])
-    SamplingStatistics().setup(trainer, Linear(), "fit")
+    SamplingStatistics().on_fit_start(trainer, Linear())
     [(step, got)] = logger.got
     assert step == 0
     assert got == {
@@ -227,7 +225,7 @@ def test_no_time_of_the_client_is_logged(tmp_path: Path) -> None:
     result = replace(result, communication={**result.communication, "round_trips": 2})
     logger = Recorder(tmp_path)
     trainer = stub_trainer(tmp_path, Probed40(result), loggers=[logger])
-    SamplingStatistics().setup(trainer, Linear(), "fit")
+    SamplingStatistics().on_fit_start(trainer, Linear())
     timed = {name for name in logger.got[0][1] if "seconds" in name}
     assert timed == {f"probe/seconds/{step}" for step in ("embed", "cluster", "select")}
 
@@ -235,10 +233,10 @@ def test_no_time_of_the_client_is_logged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_clusters", [1, 40])
 def test_pictures_of_any_number_of_clusters(tmp_path: Path, num_clusters: int) -> None:
     trainer = stub_trainer(tmp_path, Probed40(make_result(num_clusters)))
-    CoverageFigure().setup(trainer, Linear(), "fit")
+    CoverageFigure().on_fit_start(trainer, Linear())
     check_picture(tmp_path / "figures" / "coverage.png", min_width=1200)
     if num_clusters == 1:
-        ChosenImages(3).setup(trainer, Linear(), "fit")
+        ChosenImages(3).on_fit_start(trainer, Linear())
         check_picture(tmp_path / "figures" / "chosen.png")
     assert not list((tmp_path / "figures").glob(".*"))
 
@@ -248,15 +246,15 @@ def test_coverage_of_a_client_like_nothing_in_the_pool(tmp_path: Path) -> None:
     below = torch.full((5,), -7)
     none = replace(result.selection, kept=below > 0, quotas=torch.zeros(5, dtype=torch.int64))
     result = replace(result, noisy_counts=below, selection=none)
-    CoverageFigure().setup(stub_trainer(tmp_path, Probed40(result)), Linear(), "fit")
+    CoverageFigure().on_fit_start(stub_trainer(tmp_path, Probed40(result)), Linear())
     check_picture(tmp_path / "figures" / "coverage.png")
 
 
 def test_the_baselines_have_no_coverage(tmp_path: Path) -> None:
     logger = Recorder(tmp_path)
     trainer = stub_trainer(tmp_path, Probed40(make_result(asked=False), None), loggers=[logger])
-    for callback in (SamplingStatistics(), CoverageFigure(), ChosenImages(5), RandomImages(5)):
-        callback.setup(trainer, Linear(), "fit")
+    for callback in (SamplingStatistics(), CoverageFigure(), ChosenImages(5)):
+        callback.on_fit_start(trainer, Linear())
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
         "chosen.png",
         "random.png",
@@ -273,7 +271,7 @@ def test_nothing_to_do(tmp_path: Path, facts: dict[str, Any]) -> None:
     trainer = stub_trainer(tmp_path, datamodule, loggers=[logger])
     vars(trainer).update(facts)
     for callback in (SamplingStatistics(), CoverageFigure(), ChosenImages()):
-        callback.setup(trainer, Linear(), "fit")
+        callback.on_fit_start(trainer, Linear())
     assert not logger.got
     assert not (tmp_path / "figures").exists()
 
@@ -282,11 +280,15 @@ def test_once_for_each_probe(tmp_path: Path) -> None:
     logger, datamodule = Recorder(tmp_path), Probed40(make_result())
     trainer = stub_trainer(tmp_path, datamodule, loggers=[logger])
     callback = SamplingStatistics()
-    for stage in ("fit", "test"):
-        callback.setup(trainer, Linear(), stage)
+    callback.on_fit_start(trainer, Linear())
+    callback.on_test_start(trainer, Linear())
+    assert len(logger.got) == 1
+    resumed = SamplingStatistics()
+    resumed.load_state_dict(callback.state_dict())
+    resumed.on_fit_start(trainer, Linear())
     assert len(logger.got) == 1
     datamodule.probe_result = replace(make_result(), fingerprint="cd" * 32)
-    callback.setup(trainer, Linear(), "test")
+    callback.on_test_start(trainer, Linear())
     assert len(logger.got) == 2
 
 
@@ -345,9 +347,8 @@ def test_a_random_sample_of_the_pool_beside_it() -> None:
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_number_of_images_is_checked(number: int) -> None:
-    for kind in (ChosenImages, RandomImages):
-        with pytest.raises(ValueError, match="num_images must be at least 1"):
-            kind(number)
+    with pytest.raises(ValueError, match="num_images must be at least 1"):
+        ChosenImages(number)
 
 
 # --- whole runs ------------------------------------------------------------------------------
@@ -365,7 +366,7 @@ def test_fit_and_test(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "training.png").read_bytes() != untested
     assert (tmp_path / "figures" / "chosen.png").stat().st_mtime_ns == chosen
 
-    curves, timer = trainer.callbacks[4], trainer.callbacks[5]
+    curves, timer = trainer.callbacks[3], trainer.callbacks[4]
     assert isinstance(timer, RunTimer)
     steps = {name: [step for step, _ in points] for name, points in curves.state_dict().items()}
     assert steps == {
@@ -416,7 +417,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     trainer.fit(Linear(), Probed40(make_result()))
     trainer.test(Linear(), Probed40(make_result()), verbose=False)
     assert not list(tmp_path.iterdir())
-    assert trainer.callbacks[4].state_dict()  # read there too: epoch metrics are collective
+    assert trainer.callbacks[3].state_dict()  # read there too: epoch metrics are collective
 
 
 def test_resumed_curves_and_times_are_whole(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ PARTS = [
     ["task=compression", "task.teacher=T", "task.target.macs=2e7", "task.weights=W"],
     ["logger=csv"],
     ["logger=wandb", "logger.tags=[a,no]", "logger.entity=me"],
+    ["logger=tensorboard", "callbacks.artifacts=false", "callbacks.map_method=umap"],
     ["logger=none"],
 ]
 

@@ -161,10 +161,10 @@ class CompressionModule(L.LightningModule):
         same = logits.argmax(dim=1) == self.teacher.to(self.device)(images).argmax(dim=1)
         self.log("val/teacher_agreement", same.float().mean(), sync_dist=True)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Accuracy on the simulated client's test images."""
         images, targets, weights = batch
-        self.scores.test(self, self(images), targets, weights)
+        return self.scores.test(self, self(images), targets, weights)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its cycle over the planned number of steps."""

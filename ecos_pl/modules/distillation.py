@@ -101,10 +101,10 @@ class DistillationModule(L.LightningModule):
         logits = self(resized(images, self.model.image_size))
         self.scores.validate(self, logits, teacher_logits.float().softmax(dim=1), weights)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Accuracy on the simulated client's test images."""
         images, targets, weights = batch
-        self.scores.test(self, self(images), targets, weights)
+        return self.scores.test(self, self(images), targets, weights)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its cycle over the planned number of steps."""

@@ -9,7 +9,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ecos_pl.losses import soft_cross_entropy
 
-_LEFT_OUT = -1  # the class of images that metrics do not count
+LEFT_OUT = -1
+"""The class of images that metrics do not count."""
 
 
 class Scores(nn.Module):
@@ -21,7 +22,7 @@ class Scores(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=_LEFT_OUT)
+        accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=LEFT_OUT)
         self.val_loss, self.val_accuracy = MeanMetric(), accuracy
         self.test_accuracy = accuracy.clone()
 
@@ -43,12 +44,19 @@ class Scores(nn.Module):
 
     def test(
         self, module: L.LightningModule, logits: Tensor, targets: Tensor, weights: Tensor
-    ) -> None:
-        """Log accuracy on the simulated client's test images."""
-        self.test_accuracy.update(logits, _counted(targets, weights))
+    ) -> dict[str, Tensor]:
+        """Log accuracy on the simulated client's test images.
+
+        Returns:
+            For callbacks that tell more of it: ``logits`` [B, K], and true ``classes`` [B], -1 for
+            what does not count.
+        """
+        classes = _counted(targets, weights)
+        self.test_accuracy.update(logits, classes)
         module.log("simulation/test_accuracy", self.test_accuracy, batch_size=len(logits))
+        return {"logits": logits, "classes": classes}
 
 
 def _counted(targets: Tensor, weights: Tensor) -> Tensor:
     """Classes [B] of targets [B, K]; what has no weight is left out of a metric."""
-    return targets.argmax(dim=1).where(weights > 0, _LEFT_OUT)
+    return targets.argmax(dim=1).where(weights > 0, LEFT_OUT)

@@ -215,6 +215,8 @@ def _train(config: Config, folder: Path, logger: Any, start: float) -> dict[str,
     )
     _add_composition(summary, scenario, datamodule.probe_result)
     summary["environment"] = environment_facts(trainer.strategy.root_device, trainer.world_size)
+    if by_class := _class_accuracy(trainer):
+        summary["simulation"]["class_accuracy"] = by_class
     if datamodule.client_facts:
         summary["simulation"]["client"] = datamodule.client_facts
     if isinstance(config.task, CompressionOptions):
@@ -896,6 +898,14 @@ def _quality(trainer: L.Trainer, datamodule: Any) -> dict[str, Any] | None:
     if not measures or getattr(trainer, "fast_dev_run", False):
         return None
     return read_quality(datamodule)
+
+
+def _class_accuracy(trainer: L.Trainer) -> dict[str, float]:
+    """For the summary: accuracy by class, where the test was taken apart."""
+    from callbacks.confusion_matrix import ConfusionMatrix
+
+    found = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, ConfusionMatrix)]
+    return found[0].class_accuracy if found else {}
 
 
 def _sizes(

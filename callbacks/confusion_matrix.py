@@ -27,9 +27,13 @@ class ConfusionMatrix(Callback):
     """Writes ``figures/confusion_matrix.png`` and the table ``simulation/classes`` after a test.
 
     Tests run in simulations alone: the test images of a real client are not here.
+
+    Attributes:
+        class_accuracy: By class, of the last test; without classes that had no image.
     """
 
     def __init__(self) -> None:
+        self.class_accuracy: dict[str, float] = {}
         self._metric: MulticlassConfusionMatrix | None = None
         self._classes: Sequence[str] = ()
 
@@ -64,7 +68,8 @@ class ConfusionMatrix(Callback):
         if not trainer.is_global_zero or not int(matrix.sum()):
             return
         rows = class_rows(matrix, self._classes)
-        known = [row[2] for row in rows if row[2] is not None]
+        self.class_accuracy = {row[0]: row[2] for row in rows if row[2] is not None}
+        known = self.class_accuracy.values()
         log_scalars(
             trainer,
             {

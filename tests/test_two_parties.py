@@ -151,6 +151,9 @@ def test_nothing_private_is_in_the_mailbox_or_on_the_clouds_side(parties):
             if path.suffix in (".json", ".yaml"):
                 words = content.decode().replace(",", " ").replace(":", " ").split()
                 assert not {"120", "121"} & set(words), path  # readable images, all images
+    figures = {path.stem for path in (parties / "runs/run/figures").iterdir()}
+    assert "privacy_ledger" in figures
+    assert not {"confusion_matrix", "calibration"} & figures  # the test images are the client's
     assert seen > 25  # config, summary, checkpoints, figures, W&B, caches, messages
     log = (parties / f"private-{MARKER}" / "serve.log").read_text()
     assert "120" not in log

@@ -76,6 +76,10 @@ def test_a_folder_run_leaves_everything_it_should(run, tmp_path):
     assert summary["communication"]["bytes_down"] > summary["communication"]["bytes_up"] > 0
     assert summary["simulation"]["purity"] > 0.7
     assert 0 <= summary["simulation"]["test_accuracy"] <= 1
+    by_class = summary["simulation"]["class_accuracy"]  # as many test images of each
+    assert set(by_class) == {"horizontal", "vertical"}
+    mean = sum(by_class.values()) / 2
+    assert mean == pytest.approx(summary["simulation"]["test_accuracy"], abs=1e-5)
     quality = summary["simulation"]["quality"]
     assert quality["purity"]["proxy_set"] == summary["simulation"]["purity"]
     assert quality["client_distance"]["proxy_set"] < quality["client_distance"]["random"]
@@ -113,6 +117,13 @@ def test_the_same_command_again_spends_nothing_and_chooses_the_same(run, tmp_pat
     assert (tmp_path / "run" / "proxy_set.csv").read_bytes() == chosen
     assert second["simulation"] == first["simulation"]  # the finished training is not redone
     assert "asked and spent nothing" in " ".join(out.split())
+
+
+def test_the_report_can_be_switched_off(run, tmp_path):
+    run("trainer.max_epochs=1", "callbacks.report=false")
+    assert not (tmp_path / "run/report.html").exists()
+    run("trainer.max_epochs=1")
+    assert (tmp_path / "run/report.html").is_file()
 
 
 def test_a_run_of_another_name_shares_the_probe(run):

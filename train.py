@@ -566,6 +566,7 @@ def _module(
         class_balance=task.class_balance,
         consistency_weight=task.consistency_weight,
         consistency_threshold=task.consistency_threshold,
+        least_threshold=task.least_threshold,
         align=task.distribution_alignment,
         pseudo_labels_from=task.pseudo_labels_from,  # type: ignore[arg-type]  # the same names
         freeze_backbone=task.freeze_backbone,

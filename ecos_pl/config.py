@@ -527,6 +527,13 @@ class SelfLabelingOptions(Part):
         minimum=0,
         maximum=1,
     )
+    least_threshold: float = option(
+        0.5,
+        "confidence below which flexmatch lowers the threshold of no class; 0: as published, which "
+        "needs long training",
+        minimum=0,
+        maximum=1,
+    )
     pseudo_labels_from: str = option(
         "model",
         "whose predictions pseudo-labels are: the model's own, or those of its averaged weights "

@@ -21,22 +21,26 @@ _NUM_MEANS = 128
 """Batches in the running mean (Berthelot et al. 2020, §3.1)."""
 
 
-def flexible_thresholds(num_learned: Tensor, num_images: int, threshold: float) -> Tensor:
+def flexible_thresholds(
+    num_learned: Tensor, num_images: int, threshold: float, least: float = 0.0
+) -> Tensor:
     """FlexMatch's threshold of each class [K] (Zhang et al. 2021, eqs. 7, 11 and 12).
 
     The fewer images are learned as a class, beside the class learned best, the lower its
     threshold. While most images are not learned as anything, their number stands in for the best
     class (the warm-up): all thresholds begin at 0. The mapping x / (2 - x) is convex, so that they
-    rise late.
+    rise late. Where training is short, ``least`` keeps it from learning what the model guesses in
+    its first steps; the paper has none.
 
     Args:
         num_learned: [K] int64, images whose latest prediction above ``threshold`` was the class.
         num_images: N.
         threshold: That of a class learned as well as any.
+        least: No threshold is below it.
     """
     not_yet = num_images - num_learned.sum()
     share = num_learned / torch.maximum(num_learned.max(), not_yet).clamp_min(1)
-    return threshold * share / (2 - share)
+    return (threshold * share / (2 - share)).clamp_min(min(least, threshold))
 
 
 def aligned(probabilities: Tensor, wanted: Tensor, mean: Tensor) -> Tensor:
@@ -72,9 +76,9 @@ class Curriculum:
         self.record = torch.full((num_images,), _NOT_YET, device=device)
         self.num_learned = torch.zeros(num_classes, dtype=torch.int64, device=device)
 
-    def thresholds(self, threshold: float) -> Tensor:
+    def thresholds(self, threshold: float, least: float = 0.0) -> Tensor:
         """See ``flexible_thresholds``: [K]."""
-        return flexible_thresholds(self.num_learned, len(self.record), threshold)
+        return flexible_thresholds(self.num_learned, len(self.record), threshold, least)
 
     def update(self, rows: Tensor, probabilities: Tensor, threshold: float) -> None:
         """Take down the predictions that are sure enough; others leave the record as it is.
@@ -157,6 +161,7 @@ class PseudoLabels:
         device: Where the training steps run.
         gather: Makes [W, …] of W devices' tensors, so that all remember the same; may return the
             tensor as it is where there is one device.
+        least: No class's threshold is below it.
     """
 
     def __init__(
@@ -168,8 +173,9 @@ class PseudoLabels:
         align: bool,
         device: torch.device,
         gather: Callable[[Tensor], Any],
+        least: float = 0.0,
     ) -> None:
-        self.threshold, self._gather = threshold, gather
+        self.threshold, self._least, self._gather = threshold, least, gather
         self.alignment = Alignment(num_classes, device) if align else None
         self.curriculum = None
         if num_unlabeled is not None:
@@ -190,7 +196,7 @@ class PseudoLabels:
             probabilities = self.alignment(probabilities, class_shares, mean)
         if self.curriculum is None:
             return probabilities, self.threshold
-        thresholds = self.curriculum.thresholds(self.threshold)
+        thresholds = self.curriculum.thresholds(self.threshold, self._least)
         all_rows, seen = self._of_all_devices(rows), self._of_all_devices(probabilities)
         self.curriculum.update(all_rows, seen, self.threshold)
         return probabilities, thresholds

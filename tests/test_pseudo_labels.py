@@ -30,6 +30,15 @@ def test_thresholds_warm_up_from_zero():
     assert float(everything[0]) == pytest.approx(0.9)
 
 
+def test_no_threshold_falls_below_the_least():
+    found = flexible_thresholds(torch.tensor([50, 25, 0]), 100, 0.9, least=0.5)
+    assert torch.allclose(found, torch.tensor([0.9, 0.5, 0.5]))
+    assert torch.equal(  # nor does the least lift them above the common one
+        flexible_thresholds(torch.zeros(2, dtype=torch.int64), 10, 0.9, least=0.95),
+        torch.full((2,), 0.9),
+    )
+
+
 def slow_flexmatch(batches, num_images, num_classes, threshold):
     """Algorithm 1 of Zhang et al. 2021 in plain loops: thresholds before each batch."""
     last = [None] * num_images

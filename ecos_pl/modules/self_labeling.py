@@ -39,6 +39,7 @@ class SelfLabelingModule(L.LightningModule):
         class_balance: Strength of ``losses.logit_adjusted``; 0 for none.
         consistency_weight: Of the loss on unlabelled views.
         consistency_threshold: Probability from which a pseudo-label counts.
+        least_threshold: Below which FlexMatch lowers that of no class.
         align: Whether pseudo-labels are moved to the proxy labels' class frequencies.
         pseudo_labels_from: Whose predictions on weak views they are: the ``model``'s (FixMatch), or
             those of its ``average`` over the steps so far, as Mean Teacher has it (Tarvainen &
@@ -58,6 +59,7 @@ class SelfLabelingModule(L.LightningModule):
         class_balance: float = 0.0,
         consistency_weight: float = 1.0,
         consistency_threshold: float = 0.95,
+        least_threshold: float = 0.5,
         align: bool = False,
         pseudo_labels_from: PseudoLabelsFrom = "model",
         freeze_backbone: bool = False,
@@ -68,6 +70,7 @@ class SelfLabelingModule(L.LightningModule):
         self.method, self.align, self.compiled = method, align, compiled
         self.label_smoothing, self.class_balance = label_smoothing, class_balance
         self.consistency_weight, self.threshold = consistency_weight, consistency_threshold
+        self.least_threshold = least_threshold
         self.pseudo_labels_from = pseudo_labels_from
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.decayed = decayed_weights(self)
@@ -106,6 +109,7 @@ class SelfLabelingModule(L.LightningModule):
             align=self.align,
             device=self.device,
             gather=self.all_gather,
+            least=self.least_threshold,
         )
         self.pseudo_labels.load_state_dict(self._remembered)
 

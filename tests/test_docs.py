@@ -32,7 +32,12 @@ ELSEWHERE = {
     r"python train.py trainer.devices=4": "tests/test_jobs.py",
     r"(DEVICES=2 )?scripts/torchrun.sh": "tests/test_jobs.py",
     r"sbatch |kubectl ": "tests/test_jobs.py",
-    r"python -m ecos_pl.study ": "tests/test_study_running.py, tests/test_study_cells.py",
+    r"python train.py data=digits5 ": "tests/test_digits5.py, tests/test_client_options.py",
+    r"python train.py data=domainnet": "tests/test_domainnet.py",
+    r"python train.py data=(cifar10_imagenet32|celeba_utkface) ": "tests/test_paper_families.py",
+    r"python train.py data=folder data.client=(torchvision|hf):": "tests/test_client_spec.py",
+    r"tensorboard --logdir": "tests/test_tracking.py reads the files",
+    r"python -m ecos_pl.study( |$)": "tests/test_study_running.py, tests/test_study_cells.py",
 }
 SMALL_CLIENT = "--encoder=mobilenetv3_small_050 --weights=random --image-size=32 --max-epsilon=6"
 CLIENT = {
@@ -117,8 +122,8 @@ class Walk:
             digits = ",".join(str(digit) for digit in range(10))
             data = [*data[:2], f"data.classes=[{digits}]"]
             data += ["client.poll_seconds=0.1", "client.deadline_hours=0.1"]
-        if "data=folder" in arguments:
-            data = []
+        if "data=folder" in arguments or "client.size=" in text or "client.classes=" in text:
+            data = []  # its own, or mixed_digits, whose client has enough images
         for labels in Path("runs").glob("*/annotation/labels.csv"):
             self.fill_in(labels)
         status = train.main([*_small(arguments), *data, *given])

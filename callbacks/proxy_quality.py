@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from callbacks.probed import probed
+from callbacks.logging_to import log_scalars, log_table
+from callbacks.probed import Probed
+from callbacks.shows_probe import ShowsProbe
 from ecos_pl.storage import fingerprint_of, read_json, write_json
 
 if TYPE_CHECKING:
@@ -24,40 +25,27 @@ log = logging.getLogger(__name__)
 _VERSION = 1  # raise when a change alters a measure
 
 
-class ProxyQuality(Callback):
-    """Logs ``quality/…`` and ``simulation/quality/…`` after the probe; see ``docs/quality.md``.
+class ProxyQuality(ShowsProbe):
+    """Logs ``quality/…`` and ``simulation/quality/…`` of the probe; see ``docs/quality.md``.
 
-    Any logger gets ``NAME`` of the proxy set and ``random/NAME`` of a random set; W&B also tables
-    of both. Measured once for each probe: the numbers lie in the cache beside the probe's.
+    Any logger gets ``NAME`` of the proxy set and ``random/NAME`` of a random set, and a table of
+    both. Measured once for each probe: the numbers lie in the cache beside the probe's.
     """
 
-    def __init__(self) -> None:
-        self._done: set[str] = set()
-
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        found = probed(trainer)
-        if found is None or found.result.fingerprint in self._done:
-            return
-        self._done.add(found.result.fingerprint)
-        if not trainer.is_global_zero:
-            return
+    def show(self, trainer: Trainer, found: Probed) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not read_quality(datamodule):
             with isolate_rng():  # whether it was on disk must not change the training
                 _measure(datamodule, trainer.strategy.root_device)
         quality = read_quality(datamodule)
-        for logger in trainer.loggers if quality else ():
-            scalars = {**_scalars("quality", quality["quality"])}
-            scalars |= _scalars("simulation/quality", quality["simulation"])
-            logger.log_metrics(scalars, step=trainer.global_step)
-            if isinstance(logger, WandbLogger):
-                for key, table in (
-                    ("quality/against_random", quality["quality"]),
-                    ("simulation/quality/against_random", quality["simulation"]),
-                ):
-                    columns, rows = _rows(table)
-                    logger.log_table(key, columns, rows, step=trainer.global_step)
+        if not quality:
+            return
+        groups = {"quality": quality["quality"], "simulation/quality": quality["simulation"]}
+        scalars = [_scalars(group, table) for group, table in groups.items()]
+        log_scalars(trainer, {**scalars[0], **scalars[1]})
+        for group, table in groups.items():
+            log_table(trainer, f"{group}/against_random", *_rows(table))
 
 
 def read_quality(datamodule: Any) -> dict[str, Table]:

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -101,7 +102,7 @@ class Recorder(CSVLogger):
 
 
 def set_up(datamodule, logger, callback=None, **facts):
-    """Call the hook as Lightning does before each stage."""
+    """Call the hook as Lightning does before training."""
     trainer = SimpleNamespace(
         datamodule=datamodule,
         is_global_zero=True,
@@ -109,9 +110,10 @@ def set_up(datamodule, logger, callback=None, **facts):
         loggers=[logger],
         global_step=7,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        default_root_dir=Path(logger.save_dir) / "run",
     )
     vars(trainer).update(facts)
-    (callback or ProxyQuality()).setup(trainer, L.LightningModule(), "fit")
+    (callback or ProxyQuality()).on_fit_start(trainer, L.LightningModule())
 
 
 # --- what is measured ------------------------------------------------------------------------
@@ -305,11 +307,13 @@ def test_the_training_draws_the_same_numbers_with_and_without(datamodule, tmp_pa
 def test_nothing_of_the_clients_images_is_written(datamodule, scenario, tmp_path):
     files = {path for path in tmp_path.rglob("*") if path.is_file()}
     set_up(datamodule, Recorder(tmp_path))
-    [new] = {path for path in tmp_path.rglob("*") if path.is_file()} - files
-    assert new.parent == tmp_path / "cache" / "quality"
-    text = new.read_text()
-    assert "secret" not in text
-    assert len(text) < 4000
+    new = {path for path in tmp_path.rglob("*") if path.is_file()} - files
+    places = {path.parent.relative_to(tmp_path).as_posix() for path in new}
+    assert places == {"cache/quality", "run/tables"}
+    for path in new:
+        text = path.read_text()
+        assert "secret" not in text
+        assert len(text) < 4000
 
 
 @pytest.mark.parametrize("facts", [{"is_global_zero": False}, {"fast_dev_run": 1}])

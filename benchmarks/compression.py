@@ -37,10 +37,13 @@ TEACHER = [
     "task.backbone=resnet18",
     "task.weights=random",
     "task.learning_rate=2e-3",
-    "trainer.max_epochs=8",
-    "trainer.max_steps=-1",
+    "trainer.max_epochs=-1",
+    "trainer.max_steps=1008",
 ]
-"""A general model of the cloud's: trained on the whole labelled pool, whoever the client is."""
+"""A general model of the cloud's: trained on the whole labelled pool, whoever the client is.
+
+As many steps on every pool: 8 passes over that of mixed_digits.
+"""
 
 
 def main() -> None:

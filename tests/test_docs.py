@@ -143,7 +143,7 @@ class Walk:
         assert client_main(given) == 0
 
     def await_delivery(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not list(Path("walk/client/models").glob("*.safetensors")):
             assert time.monotonic() < deadline
             time.sleep(0.1)

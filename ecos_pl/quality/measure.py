@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,9 @@ DUPLICATE_DISTANCES = 2**26
 """The same inside a set for near-duplicates, but for `MIN_DUPLICATE_IMAGES` images at least."""
 
 MIN_DUPLICATE_IMAGES = 512
+
+_ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""One rank measures while the others wait elsewhere: asking them for their part would never end."""
 
 Indices = npt.NDArray[np.int64]
 Values = dict[str, float | None]
@@ -112,7 +116,7 @@ class ProxyMeasures:
         simulated: Table = {name: dict.fromkeys(sets) for name in SIMULATED}
         points = self._pool_sample(len(chosen))
         for which, rows in sets.items():
-            to_pool = NearestDistance(points)
+            to_pool = NearestDistance(points, **_ALONE)
             for some in self._chunks(self.compressed.projected, rows):
                 to_pool.update(some)
             for name, value in self._public(rows, to_pool).items():
@@ -132,7 +136,8 @@ class ProxyMeasures:
     def _public(self, rows: Indices, to_pool: NearestDistance) -> Values:
         num_clusters = len(self.compressed.centroids)
         clusters = torch.from_numpy(self.compressed.assignments[rows].astype(np.int64))
-        covered, entropy = ClassCoverage(num_clusters), NormalizedEntropy(num_clusters)
+        covered = ClassCoverage(num_clusters, **_ALONE)
+        entropy = NormalizedEntropy(num_clusters, **_ALONE)
         covered.update(clusters)
         entropy.update(clusters)
         distances = to_pool.compute()
@@ -150,14 +155,15 @@ class ProxyMeasures:
             return values
         client = truth.client.to(self.device)
         to_pool.update(self.compressed.projection(client.cpu()))
-        to_client = NearestDistance(client)
+        to_client = NearestDistance(client, **_ALONE)
         for some in self._chunks(self.embeddings, rows):
             to_client.update(some)
         values["client_distance"] = _number(to_client.compute()["mean"])
         values["joint_radius"] = _number(to_pool.compute()["max"])
         sample = self._read(self.embeddings, self._sample(rows, MAX_SET_IMAGES, "images"))
         if min(len(sample), len(client)) > NUM_NEIGHBORS:
-            kernel, manifold = KernelDistance(seed=self.seed), Manifold()
+            kernel = KernelDistance(seed=self.seed, **_ALONE)
+            manifold = Manifold(**_ALONE)
             for metric in (kernel, manifold):
                 metric.update(sample, client=False)
                 metric.update(client, client=True)
@@ -171,7 +177,10 @@ class ProxyMeasures:
         number = max(MIN_DUPLICATE_IMAGES, DUPLICATE_DISTANCES // max(1, len(rows)))
         asked = self._sample(rows, number, "duplicates")
         rate = NearDuplicateRate(
-            self._read(self.embeddings, asked), torch.from_numpy(asked), self.duplicate_distance
+            self._read(self.embeddings, asked),
+            torch.from_numpy(asked),
+            self.duplicate_distance,
+            **_ALONE,
         )
         for first in range(0, len(rows), CHUNK_ROWS):
             some = rows[first : first + CHUNK_ROWS]
@@ -210,7 +219,7 @@ def composition(truth: Truth, rows: Indices) -> Values:
     values: Values = dict.fromkeys(OF_COMPOSITION)
     places = rows.tolist()
     if truth.domain is not None:
-        purity = Share()
+        purity = Share(**_ALONE)
         purity.update(torch.tensor([truth.pool.domains[row] == truth.domain for row in places]))
         values["purity"] = _number(purity.compute())
     labels = [truth.pool.labels[row] for row in places]
@@ -220,15 +229,17 @@ def composition(truth: Truth, rows: Indices) -> Values:
     numbers = torch.tensor([-1 if label is None else number.get(label, -1) for label in labels])
     num_classes = len(truth.classes)
     metrics = {
-        "class_coverage": ClassCoverage(num_classes),
+        "class_coverage": ClassCoverage(num_classes, **_ALONE),
         # A tenth of what each class would have if all had the same.
-        "class_coverage_10": ClassCoverage(num_classes, max(1, len(rows) // (10 * num_classes))),
-        "class_entropy": NormalizedEntropy(num_classes),
+        "class_coverage_10": ClassCoverage(
+            num_classes, max(1, len(rows) // (10 * num_classes)), **_ALONE
+        ),
+        "class_entropy": NormalizedEntropy(num_classes, **_ALONE),
     }
     for name, metric in metrics.items():
         metric.update(numbers)
         values[name] = _number(metric.compute())
-    share = Share()
+    share = Share(**_ALONE)
     share.update(numbers >= 0)
     values["class_share"] = _number(share.compute())
     return values

@@ -427,7 +427,7 @@ def test_a_strategy_that_cannot_be_is_one_line(job, overrides, words):
 def test_the_timeout_reaches_the_strategy(tmp_path):
     argv = ["trainer.accelerator=cpu", "trainer.strategy=ddp", "trainer.timeout_minutes=1.5"]
     config = load_config([*argv, "logger=none"], config_dir=train.CONFIG_DIR)
-    trainer, _ = train._trainer(config, tmp_path)
+    trainer, _ = train._trainer(config, tmp_path, False)
     assert trainer.strategy._timeout == timedelta(seconds=90)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,11 @@ class Walk:
             environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
             self.server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
             return
+        if words[0] != "init" and not Path("walk/client").exists():  # made on another page
+            shutil.copytree(self.images / "client", "walk/images")
+            self.client(
+                ["init", "walk/client", "--data", "walk/images/train", "--test", "walk/images/test"]
+            )
         given = [str(found) for w in words for found in (Path().glob(w) if "*" in w else [w])]
         assert client_main(given) == 0
 

@@ -79,7 +79,12 @@ class Artifacts(ShowsProbe):
             metadata: dict[str, Any] = {
                 "run_id": summary["run_id"],
                 "classes": classes,
-                **{key: summary[key] for key in ("model", "privacy", "simulation")},
+                **{key: summary[key] for key in ("model", "privacy")},
+                "simulation": {  # single numbers: no tables, nothing of who the client is
+                    name: value
+                    for name, value in summary["simulation"].items()
+                    if not isinstance(value, Mapping)
+                },
             }
             if (found := probed(trainer)) is not None:
                 metadata["proxy_set"] = {

@@ -278,6 +278,7 @@ def test_a_run_of_the_client_alone(folder: Path) -> None:
     summary["privacy"] |= {"epsilon": 0.0, "delta": None}
     summary["communication"] = {"bytes_down": 0, "bytes_up": 0, "round_trips": 0}
     summary["simulation"] = {"purity": None, "test_accuracy": 0.9}
+    summary["quality"] = {}
     (folder / "summary.json").write_text(json.dumps(summary))
     page = page_of(folder)
     assert not {"chosen", "quality"} & set(page.sections)
@@ -330,9 +331,15 @@ def test_figures_of_known_names_stand_where_they_belong(folder: Path) -> None:
 
 def test_a_real_client_shows_no_simulation_and_no_times_of_its_own(folder: Path) -> None:
     reconfigure(folder, "client=mailbox", "client.url=sftp://ann:geheim@host/box?token=abc123")
+    for figure in ("confusion_matrix", "calibration"):  # there is no test
+        (folder / f"figures/{figure}.png").unlink()
+    measured = json.loads((folder / "summary.json").read_text())["simulation"]["quality"]
     change(
         folder / "summary.json",
         simulation={
+            "quality": {name: {"proxy_set": None, "random": None} for name in measured},
+            "class_accuracy": None,
+            "client": None,
             "purity": None,
             "random_purity": None,
             "label_accuracy": None,

@@ -62,8 +62,13 @@ def quality(record: RunRecord) -> list[Block]:
         (record.fact("quality"), False),
         (record.fact("simulation", "quality"), True),
     ):
-        if found:
-            blocks.append(_quality_table(found, simulated))
+        measured = {
+            name: one
+            for name, one in (found or {}).items()
+            if any(value is not None for value in one.values())
+        }
+        if measured:
+            blocks.append(_quality_table(measured, simulated))
     return blocks
 
 

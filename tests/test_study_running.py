@@ -139,6 +139,18 @@ def test_workers_share_the_cores(stand_in, tmp_path, monkeypatch):
     assert {lines[0].split()[1] for lines in starts(tmp_path / "out").values()} == {"4"}
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ecos_pl.study", "mixed_digits", "--list", "--out"]
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert not done.stderr
+
+
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_runs_first(stand_in, tmp_path, by):
     path = make(tmp_path, "settings: {task.learning_rate: 300}\naxes: {seed: [1, 2, 3]}")

@@ -7,6 +7,8 @@ and what failed is tried again.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -44,11 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--submit and --sbatch go with --slurm")
         if options.study is None:
             _list_studies()
-            return 0
-        return _main(options, _settings([*options.settings, *rest]))
+            status = 0
+        else:
+            status = _main(options, _settings([*options.settings, *rest]))
+        sys.stdout.flush()
+        return status
     except Interrupted as interrupted:
         print(f"stopped by {interrupted.by.name}; the same command goes on", file=sys.stderr)
         return 128 + interrupted.by
+    except BrokenPipeError:  # whoever read has seen enough, as in `--list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        return 128 + signal.SIGPIPE
     except (ConfigError, ValueError) as error:
         print(f"study: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

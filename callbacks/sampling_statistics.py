@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from typing_extensions import override
 from callbacks.logging_to import log_histogram, log_scalars, log_table
 from callbacks.probed import Probed
 from callbacks.shows_probe import ShowsProbe
+from ecos_pl.composition import composition
 from ecos_pl.probe_result import ProbeResult
 
 
@@ -84,8 +83,9 @@ def _log_tables(trainer: Trainer, found: Probed) -> None:
         ("domain", "simulation/chosen_domains", pool.domains),
         ("class", "simulation/chosen_classes", pool.labels),
     ):
-        if any(name is not None for name in names):
-            log_table(trainer, key, *_composition_table(what, names, indices))
+        if (found := composition(names, indices)) is not None:
+            rows = [[name, one["chosen"], one["pool"]] for name, one in found.items()]
+            log_table(trainer, key, [what, "chosen images", "pool images"], rows)
 
 
 def _cluster_table(result: ProbeResult) -> tuple[list[str], list[list[Any]]]:
@@ -98,12 +98,3 @@ def _cluster_table(result: ProbeResult) -> tuple[list[str], list[list[Any]]]:
     if result.noisy_counts is not None:
         columns["noisy count"] = result.noisy_counts.tolist()
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
-
-
-def _composition_table(
-    what: str, names: Sequence[str | None], indices: list[int]
-) -> tuple[list[str], list[list[Any]]]:
-    in_pool = Counter(name or "(unknown)" for name in names)
-    chosen = Counter(names[index] or "(unknown)" for index in indices)
-    rows = [[name, chosen[name], in_pool[name]] for name in sorted(in_pool)]
-    return [what, "chosen images", "pool images"], rows

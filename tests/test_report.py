@@ -430,6 +430,23 @@ def test_a_compression_shows_ratios_files_and_card(folder: Path) -> None:
     assert "# A card <b>bold</b>" in text
 
 
+@pytest.mark.parametrize(
+    ("repeats", "said"),
+    [
+        ({"client_train in pool": 0}, "images, and the pool, have no picture in common"),
+        ({"client_train in pool": None}, "have no image's name in common"),
+        ({"client_train in pool": 2}, "share no image, but 2 pictures under two names"),
+        ({"client_train in client_test": 0}, "its training and test images have no picture"),
+    ],
+)
+def test_it_states_what_the_client_does_not_share(
+    folder: Path, repeats: dict[str, int | None], said: str
+) -> None:
+    disjoint = {"same_ids": 0, "same_pixels": repeats}
+    change(folder / "summary.json", simulation={"client": {"disjoint": disjoint}})
+    assert said in page_of(folder).text
+
+
 @pytest.mark.parametrize("name", ["ecos", "a_new_strategy"])
 def test_runs_from_before_keep_their_questions(folder: Path, name: str) -> None:
     reconfigure(folder, "labels=client_table")

@@ -48,7 +48,7 @@ def asked(record: RunRecord) -> list[Block]:
         facts.append(
             Fact("Public images", counted(record.pool_size, "image"), f"the pool: {pool_names}")
         )
-    facts.append(Fact("Client", _client(record)))
+    facts.append(Fact("Client", _client(record), _apart(record)))
     if record.has_proxy_set:
         facts += [
             Fact(
@@ -80,6 +80,22 @@ def _client(record: RunRecord) -> str:
     if record.is_simulated:
         return "simulated: a part of the data plays the client, on its own side of the protocol"
     return "real: it was asked through a mailbox and answered on its own machine"
+
+
+def _apart(record: RunRecord) -> str:
+    """What was compared so that none of the simulated client's images is tested on, or public."""
+    compared = record.fact("simulation", "client", "disjoint")
+    if not compared:
+        return ""
+    repeats = compared["same_pixels"]
+    parts = "training and test images"
+    if any("pool" in pair for pair in repeats):
+        parts += ", and the pool,"
+    if any(number is None for number in repeats.values()):
+        return f"its {parts} have no image's name in common"
+    if found := sum(repeats.values()):
+        return f"its {parts} share no image, but {counted(found, 'picture')} under two names"
+    return f"its {parts} have no picture in common"
 
 
 def _encoder(record: RunRecord) -> str:

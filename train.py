@@ -29,7 +29,6 @@ from ecos_pl.config import (
     ClientTableOptions,
     CompressionOptions,
     Config,
-    ConfigError,
     DistillationOptions,
     FolderOptions,
     HumanLabelsOptions,
@@ -39,14 +38,19 @@ from ecos_pl.config import (
     SelfLabelingOptions,
     TensorboardOptions,
     WandbOptions,
+)
+from ecos_pl.config_files import (
     load_config,
-    parse_command_line,
     to_dict,
     to_yaml,
 )
 from ecos_pl.config_help import help_text
 from ecos_pl.labels_awaited import LabelsAwaited
-from ecos_pl.overrides import nearest
+from ecos_pl.overrides import (
+    ConfigError,
+    nearest,
+    parse_command_line,
+)
 from ecos_pl.run_folder import newest_checkpoint, run_folder
 from ecos_pl.stopping import (
     REQUESTS,

@@ -10,7 +10,6 @@ from datamodules.scenario import Scenario
 from ecos_pl.config import (
     CelebaUtkfaceOptions,
     Cifar10ImageNet32Options,
-    ConfigError,
     Digits5Options,
     DomainNet10Options,
     DomainNetOptions,
@@ -20,7 +19,10 @@ from ecos_pl.config import (
     SimulatedClientOptions,
 )
 from ecos_pl.images import ImageSource, PoolSource
-from ecos_pl.overrides import Part
+from ecos_pl.overrides import (
+    ConfigError,
+    Part,
+)
 
 
 def open_scenario(data: Part, client: Part, *, cache_dir: Path) -> Scenario:

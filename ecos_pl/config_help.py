@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ecos_pl.config import Config, experiments_in
+from ecos_pl.config import (
+    Config,
+)
+from ecos_pl.config_files import (
+    experiments_in,
+)
 from ecos_pl.overrides import (
     REQUIRED,
     bounds_in_words,

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ecos_pl.config import Config, ConfigError, to_dict, to_yaml
+from ecos_pl.config import (
+    Config,
+)
+from ecos_pl.config_files import (
+    to_dict,
+    to_yaml,
+)
+from ecos_pl.overrides import (
+    ConfigError,
+)
 from ecos_pl.stopping import is_first_process
 from ecos_pl.storage import fingerprint_of, write_bytes
 

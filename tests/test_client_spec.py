@@ -11,7 +11,10 @@ import torchvision.datasets
 import train
 from datamodules.client_spec import named_client
 from datamodules.scenarios import open_scenario
-from ecos_pl.config import FolderOptions, SimulatedClientOptions
+from ecos_pl.config import (
+    FolderOptions,
+    SimulatedClientOptions,
+)
 from tests.conftest import draw
 from tests.test_torchvision_pool import make_folder, make_mnist
 from tests.test_train import SMALL

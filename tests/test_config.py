@@ -13,18 +13,24 @@ from hypothesis import strategies as st
 
 from ecos_pl.config import (
     Config,
-    ConfigError,
     CsvOptions,
     FolderOptions,
     MixedDigitsOptions,
     WandbOptions,
+)
+from ecos_pl.config_files import (
     load_config,
-    parse_command_line,
     to_dict,
     to_yaml,
 )
 from ecos_pl.config_help import help_text
-from ecos_pl.overrides import fields_of, groups_of, parts_of
+from ecos_pl.overrides import (
+    ConfigError,
+    fields_of,
+    groups_of,
+    parse_command_line,
+    parts_of,
+)
 
 FOLDER = ["data=folder", "data.pool=P", "data.client=C"]
 SETTINGS = settings(
@@ -514,7 +520,7 @@ def test_every_option_has_a_help_line_and_a_default_it_accepts():
 
 
 def test_import_is_light():
-    code = "import sys, ecos_pl.config; print([m for m in sys.modules if '.' not in m])"
+    code = "import sys, ecos_pl.config_files; print([m for m in sys.modules if '.' not in m])"
     root = Path(__file__).parent.parent
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True

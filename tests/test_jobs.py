@@ -22,7 +22,9 @@ from rank_processes import run_ranks
 
 import train
 from ecos_pl import run_folder
-from ecos_pl.config import load_config
+from ecos_pl.config_files import (
+    load_config,
+)
 from ecos_pl.probe import Probe
 from ecos_pl.stopping import is_first_process
 

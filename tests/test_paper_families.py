@@ -13,7 +13,9 @@ from datamodules.cifar10_imagenet32 import CLASSES, cifar10_imagenet32
 from datamodules.client_draw import ClientDraw
 from datamodules.domainnet import TEN_CLASSES
 from datamodules.scenarios import open_scenario
-from ecos_pl.config import load_config
+from ecos_pl.config_files import (
+    load_config,
+)
 from tests.miniatures import (
     CIFAR10_CLASSES,
     make_celeba,

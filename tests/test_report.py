@@ -19,7 +19,12 @@ import torch
 import train
 from ecos_pl.accounting import epsilon_of
 from ecos_pl.composition import composition
-from ecos_pl.config import experiments_in, load_config, to_dict, to_yaml
+from ecos_pl.config_files import (
+    experiments_in,
+    load_config,
+    to_dict,
+    to_yaml,
+)
 from ecos_pl.environment import environment_facts
 from ecos_pl.privacy import Release
 from ecos_pl.report import report_html, write_report

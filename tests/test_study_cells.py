@@ -8,8 +8,13 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps import utils as sweep_utils
 
-from ecos_pl.config import ConfigError, load_config
-from ecos_pl.overrides import Setting
+from ecos_pl.config_files import (
+    load_config,
+)
+from ecos_pl.overrides import (
+    ConfigError,
+    Setting,
+)
 from ecos_pl.study import cells as cells_module
 from ecos_pl.study.cells import CONFIG_DIR, cells_of, difference
 from ecos_pl.study.study_file import read_study

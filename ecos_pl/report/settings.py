@@ -7,7 +7,12 @@ import re
 import shlex
 from typing import Any
 
-from ecos_pl.config import Config, to_dict
+from ecos_pl.config import (
+    Config,
+)
+from ecos_pl.config_files import (
+    to_dict,
+)
 from ecos_pl.overrides import REQUIRED, Resolver, Setting, groups_of, parts_of
 from ecos_pl.printable_url import printable_url
 

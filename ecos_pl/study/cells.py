@@ -15,8 +15,21 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from ecos_pl.config import Config, ConfigError, config_of, experiment_in, load_config, to_dict
-from ecos_pl.overrides import Setting, groups_of, parts_of
+from ecos_pl.config import (
+    Config,
+)
+from ecos_pl.config_files import (
+    config_of,
+    experiment_in,
+    load_config,
+    to_dict,
+)
+from ecos_pl.overrides import (
+    ConfigError,
+    Setting,
+    groups_of,
+    parts_of,
+)
 from ecos_pl.storage import fingerprint_of
 from ecos_pl.study.nodes import as_number
 from ecos_pl.study.study_file import Axis, Study

@@ -169,6 +169,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _train(config: Config, folder: Path, logger: Any, start: float) -> dict[str, Any]:
+    from callbacks.findings import findings, log_model
     from ecos_pl.environment import environment_facts
     from ecos_pl.model_file import save_model
     from ecos_pl.report import write_report
@@ -214,15 +215,12 @@ def _train(config: Config, folder: Path, logger: Any, start: float) -> dict[str,
             "per_step": timer.seconds_per_step,
             "total": time.perf_counter() - start,
         },
-        quality=_quality(trainer, datamodule),
+        pool=scenario.pool,
+        client=datamodule.client_facts,
+        environment=environment_facts(trainer.strategy.root_device, trainer.world_size),
+        **findings(trainer, datamodule),
         **_sizes(module, teacher, scenario, trainer),
     )
-    _add_composition(summary, scenario, datamodule.probe_result)
-    summary["environment"] = environment_facts(trainer.strategy.root_device, trainer.world_size)
-    if by_class := _class_accuracy(trainer):
-        summary["simulation"]["class_accuracy"] = by_class
-    if datamodule.client_facts:
-        summary["simulation"]["client"] = datamodule.client_facts
     if isinstance(config.task, CompressionOptions):
         summary["compression"] = _compressed(config, config.task, folder, module, datamodule)
         if not config.trainer.fast_dev_run:
@@ -234,7 +232,7 @@ def _train(config: Config, folder: Path, logger: Any, start: float) -> dict[str,
             datamodule.probe_result.proxy_set.save(folder)
         if _deliver(config, folder, summary):
             write_json(folder / "summary.json", summary)
-        _log_model(trainer, folder, summary, scenario)
+        log_model(trainer, folder / "model.safetensors", summary, scenario.classes)
         if config.callbacks.report:
             write_report(folder)
     if trainer.is_global_zero:
@@ -884,35 +882,6 @@ def _logger(config: Config, folder: Path) -> Any:
     return loggers.csv_logger(folder)
 
 
-def _log_model(
-    trainer: L.Trainer, folder: Path, summary: dict[str, Any], scenario: Scenario
-) -> None:
-    from callbacks.artifacts import Artifacts
-
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Artifacts):
-            file = folder / "model.safetensors"
-            callback.log_model(trainer, file, summary, list(scenario.classes))
-
-
-def _quality(trainer: L.Trainer, datamodule: Any) -> dict[str, Any] | None:
-    """For the summary: what the callback measured, be it in a process that has ended."""
-    from callbacks.proxy_quality import ProxyQuality, read_quality
-
-    measures = any(isinstance(one, ProxyQuality) for one in getattr(trainer, "callbacks", ()))
-    if not measures or getattr(trainer, "fast_dev_run", False):
-        return None
-    return read_quality(datamodule)
-
-
-def _class_accuracy(trainer: L.Trainer) -> dict[str, float]:
-    """For the summary: accuracy by class, where the test was taken apart."""
-    from callbacks.confusion_matrix import ConfusionMatrix
-
-    found = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, ConfusionMatrix)]
-    return found[0].class_accuracy if found else {}
-
-
 def _sizes(
     module: Any, teacher: FrozenTeacher | None, scenario: Scenario, trainer: L.Trainer
 ) -> dict[str, Any]:
@@ -933,18 +902,6 @@ def _sizes(
             loader = image_loader(images, 64, num_workers=0, train=False, seed=0)
             sizes["teacher"]["test_accuracy"] = accuracy(teacher.model, loader)
     return sizes
-
-
-def _add_composition(summary: dict[str, Any], scenario: Scenario, probe: Any) -> None:
-    """Of which domains and classes the chosen images are, where the pool knows."""
-    from ecos_pl.composition import composition
-
-    if probe is None:
-        return
-    chosen, pool = probe.indices.tolist(), scenario.pool
-    for key, names in (("chosen_domains", pool.domains), ("chosen_classes", pool.labels)):
-        if (found := composition(names, chosen)) is not None:
-            summary["simulation"][key] = found
 
 
 # --- several processes ---------------------------------------------------------------------------

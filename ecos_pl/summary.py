@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ecos_pl.accounting import PrivacyStatement, epsilon_of
+from ecos_pl.composition import composition
+from ecos_pl.images import ImageSource
 from ecos_pl.probe_result import ProbeResult
 from ecos_pl.proxy_set import licence_summary
 
@@ -29,7 +31,11 @@ def summarise(
     rounds: Sequence[dict[str, Any]] = (),
     simulation: dict[str, float | None],
     seconds: dict[str, float | None],
-    quality: Mapping[str, Any] | None = None,
+    pool: ImageSource,
+    client: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    quality: Mapping[str, Any],
+    class_accuracy: Mapping[str, float],
     model: dict[str, Any] | None = None,
     teacher: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -43,8 +49,13 @@ def summarise(
         simulation: ``purity``, ``random_purity``, ``label_accuracy``, ``test_accuracy``.
         seconds: ``probe, fit, test, per_step, total``. The steps of the probe are added: those
             of this run, so 0 where their results were on disk.
+        pool: Its domains and classes, where it knows them, are counted among the chosen images.
+        client: Who the simulated client is; empty for one elsewhere.
+        environment: ``environment.environment_facts``.
         quality: ``{NAME: {"proxy_set": value, "random": value}}`` of public measures under
-            ``quality`` and of those that only a benchmark knows under ``simulation``.
+            ``quality`` and of those that only a benchmark knows under ``simulation``;
+            empty where nobody measured.
+        class_accuracy: On the test images, by class; empty where nobody looked.
         model: What is delivered: ``model_size.size_facts``.
         teacher: The same of a student's teacher, with its ``test_accuracy`` in a simulation.
     """
@@ -63,9 +74,12 @@ def summarise(
             **{name: _rounded(value, 3) for name, value in seconds.items()},
         },
     }
-    measured = quality or {}
-    summary["quality"] = dict(measured.get("quality", {}))
-    summary["simulation"]["quality"] = dict(measured.get("simulation", {}))
+    summary["environment"] = dict(environment)
+    summary["quality"] = dict(quality.get("quality", {}))
+    known = summary["simulation"]
+    known["quality"] = dict(quality.get("simulation", {}))
+    known |= {"class_accuracy": dict(class_accuracy)} if class_accuracy else {}
+    known |= {"client": dict(client)} if client else {}
     for name, facts in (("model", model), ("teacher", teacher)):
         if facts is not None:
             summary[name] = dict(facts)
@@ -88,6 +102,10 @@ def summarise(
             for one in probe.releases
         ]
         summary["communication"] = dict(probe.communication)
+        chosen = probe.indices.tolist()
+        for key, names in (("chosen_domains", pool.domains), ("chosen_classes", pool.labels)):
+            if (found := composition(names, chosen)) is not None:
+                known[key] = found
     return summary
 
 

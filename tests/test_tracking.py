@@ -329,7 +329,16 @@ def test_without_tensorboard_one_line_says_how_to_get_it(place, capsys, monkeypa
 
 NEEDED = {"label_rounds", "run_timer", "stop_and_resume", "weight_averaging"}
 NO_CALLBACK = {"report"}  # written when all is over
-HELPERS = {"choose", "figures", "image_grid", "logging_to", "loggers", "probed", "shows_probe"}
+HELPERS = {
+    "choose",
+    "figures",
+    "findings",
+    "image_grid",
+    "logging_to",
+    "loggers",
+    "probed",
+    "shows_probe",
+}
 
 
 def test_every_callback_has_a_switch_of_its_file_name():

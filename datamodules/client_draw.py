@@ -168,7 +168,7 @@ def check_no_domain(draw: ClientDraw, family: str) -> None:
     if draw.domain is not None:
         raise ValueError(
             f"client.domain={draw.domain}: data={family} has one client, whose images are given; "
-            "domains to choose from are in data=digits5"
+            "domains to choose from are in data=digits5, data=domainnet10 and data=domainnet"
         )
 
 

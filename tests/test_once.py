@@ -11,6 +11,7 @@ import pytest
 from ecos_pl import once
 from ecos_pl.conversation import Conversation
 from ecos_pl.once import in_turn
+from tests.test_messages import coverage_query
 
 
 def test_blocks_of_one_folder_follow_each_other(tmp_path):
@@ -63,10 +64,10 @@ def test_a_client_is_asked_once_by_two_at_a_time(tmp_path):
             self.bytes_sent, self.bytes_received = len(query), 3
             return b"yes"
 
-    client, answers = Slow(), []
+    client, answers, query = Slow(), [], coverage_query().to_bytes()
 
     def ask():
-        answers.append(Conversation(tmp_path, "f" * 64, lambda _: client).ask(b"how many?"))
+        answers.append(Conversation(tmp_path, "f" * 64, lambda _: client).ask(query))
 
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:

@@ -489,7 +489,7 @@ class SelfLabelingOptions(Part):
     )
     freeze_backbone: bool = option(False, "train the head alone, on the weights' features")
     compile: bool = option(
-        False, "compile the model (torch.compile): slow at first, then faster on GPUs"
+        False, "compile training steps (torch.compile): slow at first, then faster on GPUs"
     )
     unlabeled_ratio: int = option(2, "unlabelled images per labelled one in a batch", minimum=1)
     val_fraction: float = option(
@@ -547,7 +547,7 @@ class DistillationOptions(Part):
         0.1, "share of the proxy set held out to follow training", minimum=0, below=0.5
     )
     num_workers: int | None = option(None, _WORKERS, minimum=0)
-    compile: bool = option(False, "run the student's training pass through torch.compile")
+    compile: bool = option(False, "compile the student's training steps (torch.compile)")
     teacher: str = option(
         "public",
         "public: trained once on those pool images that the pool labels with the client's classes; "
@@ -636,7 +636,7 @@ class CompressionOptions(Part):
         0.1, "share of the proxy set held out, which chooses the calibration", minimum=0, below=0.5
     )
     num_workers: int | None = option(None, _WORKERS, minimum=0)
-    compile: bool = option(False, "run the model through torch.compile where the device can")
+    compile: bool = option(False, "compile training steps (torch.compile)")
 
 
 @dataclass

@@ -197,14 +197,18 @@ def test_fast_dev_run_tries_everything_and_leaves_no_file(compress, tmp_path):
 @pytest.mark.slow
 def test_compiled_it_is_still_pruned(compress, monkeypatch):
     """Traced anew after every pruning; without code generation, which takes minutes on a CPU."""
-    monkeypatch.setattr(
-        "ecos_pl.modules.compression.compile_in_place",
-        lambda model, device: model.compile(backend="eager"),
-    )
+    made, real = [], torch.compile
+
+    def traced(function):
+        made.append(function)
+        return real(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
     status, summary, _, err = compress("task.compile=true")
     assert status == 0, err
     found = summary["compression"]
     assert found["student"]["parameters"] < 0.5 * found["teacher"]["parameters"]
+    assert len(made) == 2  # as many prunings
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ import torch
 
 import train
 from ecos_pl.classifier import Classifier
-from ecos_pl.modules.compiling import compile_in_place
 from ecos_pl.modules.self_labeling import SelfLabelingModule
 from ecos_pl.run_folder import newest_checkpoint
 
@@ -221,43 +219,28 @@ def test_a_backbone_without_a_linear_head_cannot_be_frozen(monkeypatch):
         model.freeze_backbone()
 
 
-@pytest.mark.slow
-def test_a_compiled_model_says_the_same_under_the_same_names():
-    """A network of two layers: compiling a real one takes a CPU a minute."""
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
-    model = Classifier(net, "test_efficientnet", 8, "abc")
-    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    names, before = list(model.state_dict()), model(images)
-    compile_in_place(model, torch.device("cpu"))
-    assert model._compiled_call_impl is not None
-    after = model(images)
-    assert torch.allclose(after, before, atol=1e-5)
-    after.sum().backward()
-    assert net[1].weight.grad is not None
-    assert list(model.state_dict()) == names
-    assert copy.deepcopy(model)._compiled_call_impl is None  # as weight averaging copies it
+@pytest.mark.parametrize("method", ["supervised", "fixmatch"])
+def test_the_option_reaches_the_training_pass(job, tmp_path, monkeypatch, method):
+    """Compiled or not, the same model comes out; nothing but training steps is compiled."""
+    passes = []
 
+    def compiled(function):
+        def call(images):
+            passes.append(torch.is_grad_enabled())
+            return function(images)
 
-def test_the_option_reaches_the_model(job, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "ecos_pl.modules.self_labeling.compile_in_place",
-        lambda model, device: seen.append((type(model).__name__, device.type)),
-    )
-    overrides = ["train_on=client", "task.compile=true", "trainer.max_epochs=1"]
-    assert job("run", *overrides) == (0, "")
-    assert seen == [("Classifier", "cpu")]
+        return call
 
-
-def test_where_nothing_compiles_a_warning_says_so(monkeypatch):
-    def broken(function):
-        raise RuntimeError("no compiler here\nat all")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    model = small_classifier()
-    with pytest.warns(UserWarning, match="nothing is compiled on this cpu: no compiler here$"):
-        compile_in_place(model, torch.device("cpu"))
-    assert model._compiled_call_impl is None
+    overrides = [f"task.method={method}", "trainer.max_epochs=1"]
+    assert job("plain", *overrides) == (0, "")
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert job("compiled", *overrides, "task.compile=true") == (0, "")
+    steps = newest(tmp_path / "compiled")["global_step"]
+    assert passes == [True] * (steps + 1)  # and the trial
+    models = [
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "compiled")
+    ]
+    assert models[0] == models[1]
 
 
 def test_flexmatch_without_unlabelled_images_is_supervised(job, tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ecos_pl.channels import fit_shapes
 from ecos_pl.classifier import Classifier
 from ecos_pl.losses import distillation, soft_cross_entropy
-from ecos_pl.modules.compiling import compile_in_place
+from ecos_pl.modules.compiling import CompiledPass, Pass
 from ecos_pl.modules.optimization import adamw_one_cycle, decayed_weights
 from ecos_pl.modules.scores import Scores
 from ecos_pl.pruning import channel_groups, narrowed, prune, typical_gradients
@@ -44,8 +44,8 @@ class CompressionModule(L.LightningModule):
         label_weight: Of the proxy labels' cross-entropy beside the distillation.
         learning_rate: At the peak of the cycle (``optimization.adamw_one_cycle``).
         weight_decay: Of AdamW, on weight matrices and kernels only.
-        compiled: Run the model through ``torch.compile`` where the device can; after every pruning
-            anew.
+        compiled: Run the training pass through ``torch.compile`` where that works; after every
+            pruning anew.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class CompressionModule(L.LightningModule):
         self.decayed, self.compiled = decayed_weights(self), compiled
         self.full = channel_groups(model) if keep < 1 else {}
         self.num_pruned = 0
+        self._training_pass: Pass = self.forward
 
     @property
     def teacher(self) -> Classifier:
@@ -92,7 +93,7 @@ class CompressionModule(L.LightningModule):
         """The teacher goes where the model is; compile, now that the device is known."""
         self.teacher.to(self.device)
         if self.compiled:
-            compile_in_place(self.model, self.device)
+            self._training_pass = CompiledPass(self.forward, self)
 
     def on_train_epoch_start(self) -> None:
         """Prune if this epoch is due for it."""
@@ -111,6 +112,8 @@ class CompressionModule(L.LightningModule):
         share = self.keep ** ((self.num_pruned + 1) / self.num_prunings)
         prune(self.model, narrowed(self.full, share), gradients)
         self.num_pruned += 1
+        if isinstance(self._training_pass, CompiledPass):
+            self._training_pass.try_again()
         schedules = self.trainer.lr_scheduler_configs
         steps = [one.scheduler.last_epoch for one in schedules]
         self.trainer.strategy.setup_optimizers(self.trainer)
@@ -143,7 +146,7 @@ class CompressionModule(L.LightningModule):
         images, targets, weights = batch
         with torch.no_grad():
             wanted = self.teacher(images)
-        logits = self(images)
+        logits = self._training_pass(images)
         followed = distillation(
             logits, wanted, (weights > 0).to(weights), temperature=self.temperature
         )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ecos_pl.classifier import Classifier
 from ecos_pl.losses import distillation, feature_distillation, soft_cross_entropy
-from ecos_pl.modules.compiling import can_compile
+from ecos_pl.modules.compiling import CompiledPass, Pass
 from ecos_pl.modules.optimization import adamw_one_cycle, decayed_weights
 from ecos_pl.modules.scores import Scores
 from ecos_pl.teacher import FrozenTeacher, resized
@@ -35,7 +34,7 @@ class DistillationModule(L.LightningModule):
             linear projector brings to its dimensions; 0 for none.
         learning_rate: At the peak of the cycle (``optimization.adamw_one_cycle``).
         weight_decay: Of AdamW, on weight matrices and kernels only.
-        compiled: Whether the student's training pass goes through ``torch.compile``.
+        compiled: Run the student's training pass through ``torch.compile`` where that works.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class DistillationModule(L.LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.decayed = decayed_weights(self)
         self.compiled = compiled
-        self._training_pass = self._student
+        self._training_pass: Pass = self._student
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores [B, K] of images [B, 3, S, S] uint8."""
@@ -71,8 +70,8 @@ class DistillationModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Bring the teacher to the device, in whatever process this is."""
         self.teacher.to(self.device)
-        if self.compiled and can_compile(self.device):
-            self._training_pass = torch.compile(self._student)
+        if self.compiled:
+            self._training_pass = CompiledPass(self._student, self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on a batch of views."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ecos_pl.classifier import Classifier
 from ecos_pl.losses import consistency, logit_adjusted, soft_cross_entropy
-from ecos_pl.modules.compiling import compile_in_place
+from ecos_pl.modules.compiling import CompiledPass, Pass
 from ecos_pl.modules.optimization import adamw_one_cycle, decayed_weights
 from ecos_pl.modules.scores import Scores
 from ecos_pl.pseudo_labels import PseudoLabels
@@ -45,7 +45,7 @@ class SelfLabelingModule(L.LightningModule):
             those of its ``average`` over the steps so far, as Mean Teacher has it (Tarvainen &
             Valpola 2017), where the trainer averages weights.
         freeze_backbone: Train the head alone, on the features as they are.
-        compiled: Run the model through ``torch.compile`` where the device can.
+        compiled: Run the training pass through ``torch.compile`` where that works.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class SelfLabelingModule(L.LightningModule):
         self.pseudo_labels: PseudoLabels | None = None
         self.class_shares = torch.full((len(model.classes),), 1 / len(model.classes))
         self._remembered: dict[str, Tensor] = {}
+        self._training_pass: Pass = self.forward
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores [B, K] of images [B, 3, S, S] uint8."""
@@ -97,7 +98,7 @@ class SelfLabelingModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Compile, now that the device is known."""
         if self.compiled:
-            compile_in_place(self.model, self.device)
+            self._training_pass = CompiledPass(self.forward, self)
 
     def on_train_start(self) -> None:
         """Begin the memory of pseudo-labels, or go on with that of the checkpoint."""
@@ -123,15 +124,18 @@ class SelfLabelingModule(L.LightningModule):
             images, targets, weights = batch["labelled"]
             weak, strong, rows = batch["unlabelled"]
             # One pass over all views: batch statistics see labelled and unlabelled images alike.
-            logits, weak_logits, strong_logits = self(torch.cat([images, weak, strong])).split(
-                [len(images), len(weak), len(strong)]
-            )
+            logits, weak_logits, strong_logits = self._training_pass(
+                torch.cat([images, weak, strong])
+            ).split([len(images), len(weak), len(strong)])
             if self.pseudo_labels_from == "average":
                 weak_logits = self._averaged(weak)
             unlabelled = self._consistency(weak_logits, strong_logits, rows)
         else:
             images, targets, weights = batch
-            logits, unlabelled = self(images), images.new_zeros((), dtype=torch.float32)
+            logits, unlabelled = (
+                self._training_pass(images),
+                images.new_zeros((), dtype=torch.float32),
+            )
         if self.class_balance:
             logits = logit_adjusted(logits, self.class_shares, self.class_balance)
         labelled = soft_cross_entropy(

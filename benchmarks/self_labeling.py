@@ -56,6 +56,11 @@ LINES = {
 METHODS = {
     "supervised": ["task.method=supervised"],
     "fixmatch": ["task.method=fixmatch", "task.unlabeled_ratio=1"],
+    "fixmatch_average": [
+        "task.method=fixmatch",
+        "task.unlabeled_ratio=1",
+        "task.pseudo_labels_from=average",
+    ],
     "flexmatch": ["task.method=flexmatch", "task.unlabeled_ratio=1"],
 }
 ALL_LABELLED = ("whole_pool", "local_head", "local")

@@ -26,6 +26,7 @@ NAMES = {
     "selection.size": "images in the proxy set",
     "probe.num_clusters": "clusters R",
     "client.size": "the client's images",
+    "labels.num_images": "images labelled by people",
     "data.num_client": "the client's images",
 }
 """How axes of figures are called."""

@@ -130,7 +130,7 @@ class PublicLabeler:
 
     name = "public"
     features = "final"
-    rounds = None
+    rounds: RoundPlan | None = None
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = list(classes)
@@ -176,7 +176,7 @@ class NoLabels:
     """
 
     features = "final"
-    rounds = None
+    rounds: RoundPlan | None = None
 
     def __init__(self, classes: Sequence[str], *, name: str = "none") -> None:
         self.classes, self.name = list(classes), name

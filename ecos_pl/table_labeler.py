@@ -11,7 +11,7 @@ from ecos_pl.accounting import calibrate_noise_multiplier, epsilon_of
 from ecos_pl.answer_checks import check_answer, check_integers, check_noise
 from ecos_pl.class_table import class_table_release
 from ecos_pl.label_space import find_label_space
-from ecos_pl.labeling import LabelingTask, Labels
+from ecos_pl.labeling import LabelingTask, Labels, RoundPlan
 from ecos_pl.messages import TableAnswer, TableQuery
 from ecos_pl.nearest import assign
 from ecos_pl.privacy import Release
@@ -34,7 +34,7 @@ class TableLabeler:
     """
 
     name = "client_table"
-    rounds = None
+    rounds: RoundPlan | None = None
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import torch
 from ecos_pl.accounting import calibrate_noise_multiplier, epsilon_of
 from ecos_pl.answer_checks import check_answer
 from ecos_pl.label_space import find_label_space
-from ecos_pl.labeling import LabelingTask, Labels
+from ecos_pl.labeling import LabelingTask, Labels, RoundPlan
 from ecos_pl.messages import MessageError, VoteAnswer, VoteQuery
 from ecos_pl.neighbor_votes import VotePlan
 from ecos_pl.privacy import Release
@@ -43,7 +43,7 @@ class VoteLabeler:
     """
 
     name = "client_knn"
-    rounds = None
+    rounds: RoundPlan | None = None
 
     def __init__(
         self,

@@ -12,6 +12,8 @@ from job_processes import nursery_in
 from test_train import SMALL
 
 import train
+from datamodules.from_config import training_view
+from ecos_pl.modules.from_config import method_of
 from ecos_pl.proxy_set import ProxySet
 from ecos_pl.run_folder import run_folder
 
@@ -141,8 +143,8 @@ def test_unlabelled_images_are_learned_from_with_people_unless_told_otherwise():
         ([], "supervised", 0),
     ):
         config = train.load_config(argv, config_dir=train.CONFIG_DIR)
-        assert train._method(config) == method
-        assert train._view(config).unlabeled_ratio == ratio
+        assert method_of(config) == method
+        assert training_view(config).unlabeled_ratio == ratio
 
 
 def test_what_is_about_the_job_alone_leaves_the_run_its_name(tmp_path):

@@ -21,6 +21,7 @@ from job_processes import nursery_in
 from rank_processes import run_ranks
 
 import train
+from callbacks.from_config import trainer_of
 from ecos_pl import run_folder
 from ecos_pl.config_files import (
     load_config,
@@ -429,7 +430,7 @@ def test_a_strategy_that_cannot_be_is_one_line(job, overrides, words):
 def test_the_timeout_reaches_the_strategy(tmp_path):
     argv = ["trainer.accelerator=cpu", "trainer.strategy=ddp", "trainer.timeout_minutes=1.5"]
     config = load_config([*argv, "logger=none"], config_dir=train.CONFIG_DIR)
-    trainer, _ = train._trainer(config, tmp_path, False)
+    trainer, _ = trainer_of(config, tmp_path, False)
     assert trainer.strategy._timeout == timedelta(seconds=90)
 
 

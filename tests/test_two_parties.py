@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
+from callbacks.from_config import shown
 from ecos_pl.client_cli import main as client_main
 from ecos_pl.client_setup import open_ledger
 from ecos_pl.encoder import EncoderSpec
@@ -325,5 +326,5 @@ def test_a_mailboxs_password_is_not_logged():
     config = train.load_config(
         ["client=mailbox", "client.url=sftp://me:hunter2@host/box"], config_dir=train.CONFIG_DIR
     )
-    assert "hunter2" not in str(train._shown(config))
-    assert train._shown(config)["client"]["url"].endswith("host/box")
+    assert "hunter2" not in str(shown(config))
+    assert shown(config)["client"]["url"].endswith("host/box")

@@ -1,0 +1,60 @@
+"""Whether the parts of a config go together: what is refused, and what surprises."""
+
+from __future__ import annotations
+
+import logging
+
+from ecos_pl.config import (
+    Config,
+    DistillationOptions,
+    MailboxOptions,
+    NoLabelsOptions,
+)
+from ecos_pl.overrides import ConfigError
+from ecos_pl.selection import NOT_PRIVATE
+from ecos_pl.stopping import is_first_process
+
+log = logging.getLogger(__name__)
+
+
+def check_labels(config: Config) -> None:
+    """Say what the labels are good for where that may surprise.
+
+    Raises:
+        ConfigError: The task has nothing to learn from these labels.
+    """
+    if config.train_on == "client":
+        return
+    none, task = isinstance(config.labels, NoLabelsOptions), config.task
+    if not isinstance(task, DistillationOptions):
+        if none:
+            raise ConfigError(
+                f"labels=none leaves task={task.name} nothing to learn: choose other labels, or "
+                "task=distillation"
+            )
+    elif none and task.label_weight and is_first_process():
+        log.warning("task.label_weight=%g adds nothing with labels=none", task.label_weight)
+    elif not task.label_weight and config.labels.name.startswith("client") and is_first_process():
+        log.warning(
+            "labels=%s spends privacy on labels that task.label_weight=0 does not use; labels=none "
+            "asks for none",
+            config.labels.name,
+        )
+
+
+def check_selection(config: Config) -> None:
+    """Refuse to read a real client's images, and say so where a simulated one's are read.
+
+    Raises:
+        ConfigError: The strategy reads images of a client that never shows them.
+    """
+    strategy = config.selection.strategy
+    if config.train_on == "client" or strategy not in NOT_PRIVATE:
+        return
+    if isinstance(config.client, MailboxOptions):
+        raise ConfigError(
+            f"selection.strategy={strategy} is not private: it reads the client's images, which a "
+            "client behind a mailbox never shows; it is for client=simulated"
+        )
+    if is_first_process():
+        log.warning("not private: selection.strategy=%s reads the client's images", strategy)

@@ -16,6 +16,9 @@ Found = Sequence[tuple[Cell, Mapping[str, Any] | None]]
 def markdown_table(found: Found, form: TableForm) -> list[str]:
     """Lines of the table; cells without a summary are missing, and their rows say so.
 
+    A row none of whose cells is done is left out: much of a study that was begun, or cut short by
+    ``--only``, would be such rows.
+
     Args:
         found: All cells of the study, each with its summary if it is done.
         form: What is shown.
@@ -24,8 +27,8 @@ def markdown_table(found: Found, form: TableForm) -> list[str]:
     for cell, summary in found:
         labels = tuple(cell.labels.get(axis, "–") for axis in form.rows)
         rows.setdefault(labels, []).append(summary)
-    ordered = sorted(rows, key=_order(found, form.rows))
-    done = {labels: [one for one in rows[labels] if one is not None] for labels in ordered}
+    done = {labels: [one for one in ones if one is not None] for labels, ones in rows.items()}
+    ordered = [labels for labels in sorted(rows, key=_order(found, form.rows)) if done[labels]]
     best = {column.title: best_rows(done, column, form) for column in form.columns}
     heads = [axis if len(form.rows) > 1 else "" for axis in form.rows] or [""]
     table = [[*heads, *(column.title for column in form.columns)]]

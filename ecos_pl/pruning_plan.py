@@ -6,11 +6,13 @@ trained, on copies: a target that cannot be reached is known at once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,19 +66,32 @@ def plan_pruning(
 
     Args:
         model: What will be pruned; it stays as it is.
-        target: Size and latency are measured on each candidate's int8 file.
+        target: Size and latency are measured on each candidate's int8 file; latency as that of the
+            delivered file will be, in turn with the unpruned float model, whose weights push
+            those of the candidate out of the caches.
         done: Told after each candidate.
 
     Raises:
         PruningError: The target is out of reach, and the text says what is within; or the network
             does not work with fewer channels.
     """
-    sign = -1 if target.name == "sparsity" else 1
+    with contextlib.ExitStack() as stack:
+        beside = []
+        if target.name == "latency_ms":
+            unpruned = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "float.onnx"
+            write_onnx(unpruned, model, exported(copy.deepcopy(model).eval()))
+            beside = [open_session(unpruned)]
 
-    def cost(share: int) -> float:
-        found = _measure(model, target.name, share / NUM_SHARES)
-        done(1)
-        return found
+        def cost(share: int) -> float:
+            found = _measure(model, target.name, share / NUM_SHARES, beside)
+            done(1)
+            return found
+
+        return _searched(model, target, cost)
+
+
+def _searched(model: Classifier, target: Target, cost: Callable[[int], float]) -> PruningPlan:
+    sign = -1 if target.name == "sparsity" else 1
 
     def meets(found: float) -> bool:
         return sign * found <= sign * target.value
@@ -123,7 +138,7 @@ def _check_rebuilt(model: Classifier) -> None:
         raise PruningError(f"{model.backbone} is another network with fewer channels")
 
 
-def _measure(model: Classifier, name: str, keep: float) -> float:
+def _measure(model: Classifier, name: str, keep: float, beside: Sequence[Any]) -> float:
     smaller = pruned_copy(model, keep)
     if name == "sparsity":
         return 1 - parameter_count(smaller) / parameter_count(model)
@@ -139,4 +154,4 @@ def _measure(model: Classifier, name: str, keep: float) -> float:
         quantise(plain, small, smaller, images, Recipe("minmax"))
         if name == "size_mb":
             return small.stat().st_size / 1e6
-        return latencies_ms([open_session(small)], size)[0]
+        return latencies_ms([*beside, open_session(plain), open_session(small)], size)[-1]

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from ecos_pl import pruning_plan
 from ecos_pl.classifier import Classifier
 from ecos_pl.extras import require
 from ecos_pl.model_size import macs, parameter_count
+from ecos_pl.onnx_run import scores_of
 from ecos_pl.pruning import (
     PruningError,
     channel_groups,
@@ -130,6 +132,24 @@ def test_a_target_out_of_reach_is_one_line_that_says_what_is_within(model):
 def test_the_size_of_the_int8_file_is_a_target(model):
     plan = plan_pruning(model, Target("size_mb", 0.5))
     assert 0.4 < plan.expected <= 0.5
+
+
+@pytest.mark.slow
+def test_latency_is_that_of_the_int8_file_beside_both_float_ones(model, monkeypatch):
+    """As the delivered file is timed: alone, it would find its weights in the processor's cache."""
+    seen = []
+
+    def timed(sessions, image_size):
+        scores = [scores_of(session, IMAGES) for session in sessions]
+        assert torch.allclose(scores[0], scores[1], atol=1e-4)
+        seen.append(float((scores[2] - scores[1]).abs().max()))
+        return [3.0, 2.0, 1.0]
+
+    monkeypatch.setattr(pruning_plan, "latencies_ms", timed)
+    plan = plan_pruning(model, Target("latency_ms", 1.0))
+    assert (plan.keep, plan.expected) == (1.0, 1.0)
+    (deviation,) = seen
+    assert deviation > 1e-4  # in 8 bits
 
 
 def test_a_network_that_cannot_be_followed_is_refused_in_one_line(model):

@@ -19,6 +19,10 @@ EXPERIMENT = "experiment=distillation"
 PASSES, STEPS_A_PASS = 60, 21
 LINES = {
     "ecos": ("student on the ECOS set", [EXPERIMENT]),
+    "ecos_drawn": (
+        "student on the ECOS set, diverse among twice as many",
+        [EXPERIMENT, "selection.candidates_per_pick=2"],
+    ),
     "random": ("student on a random set", [EXPERIMENT, "selection.strategy=random"]),
     "whole_pool": (
         "student on the whole pool",

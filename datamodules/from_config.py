@@ -109,6 +109,7 @@ def datamodule_of(
         strategy=config.selection.strategy,
         oracle_domain=_oracle_domain(config, scenario),
         size=config.selection.size,
+        candidates_per_pick=config.selection.candidates_per_pick,
         duplicate_distance=config.selection.duplicate_distance,
         seed=config.seed,
         attempt=config.probe.attempt,

@@ -283,6 +283,13 @@ class SelectionOptions:
         ),
     )
     size: int = option(1500, "images in the proxy set; ignored by all", minimum=1)
+    candidates_per_pick: float | None = option(
+        None,
+        "ecos takes the diverse ones of so many times the images it needs, drawn at random from "
+        "where the client's are: nearer 1 the kinds of images keep their shares, larger prefers "
+        "kinds that vary much; null: of all images there",
+        minimum=1,
+    )
     duplicate_distance: float = option(
         0.12,
         "of two chosen images whose embeddings (unit vectors) lie closer than this, one is "

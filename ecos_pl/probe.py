@@ -61,6 +61,7 @@ class ProbePlan:
         strategy: See ``selection.select``.
         oracle_domain: The client's domain in the pool, for the strategy ``oracle``.
         size: Images in the proxy set.
+        candidates_per_pick: See ``selection.select``.
         duplicate_distance: Chosen images whose embeddings lie closer are near-duplicates.
         seed: Of everything the cloud draws.
         noise_std: Noise asked for on each count, in images; the client's policy may want more, and
@@ -79,6 +80,7 @@ class ProbePlan:
     strategy: str = "ecos"
     oracle_domain: str | None = None
     size: int = 1500
+    candidates_per_pick: float | None = None
     duplicate_distance: float = DUPLICATE_DISTANCE
     seed: int = 1
     noise_std: float = 5.0
@@ -86,6 +88,14 @@ class ProbePlan:
     delta: float = 1e-5
     max_epsilon: float = 2.0
     attempt: int = 0
+
+
+def _facts(plan: ProbePlan) -> dict[str, Any]:
+    """What of the plan goes into the fingerprint, beside the encoder's own."""
+    facts = {key: value for key, value in asdict(plan).items() if key != "encoder"}
+    if plan.candidates_per_pick is None:  # as probes made before there was a choice
+        del facts["candidates_per_pick"]
+    return facts
 
 
 class Probe:
@@ -135,7 +145,7 @@ class Probe:
             "embeddings": given_facts(self._given),
             "client": client_id,
             "encoder": self._encoder_fingerprint,
-            "plan": {k: v for k, v in asdict(plan).items() if k != "encoder"},
+            "plan": _facts(plan),
             "labeler": {"name": labeler.name, **labeler.facts()},
         }
         self._revealed = None
@@ -383,6 +393,7 @@ class Probe:
             noise_std=counts.noise_std if counts else 0.0,
             generator=torch.Generator().manual_seed(self.plan.seed),
             full_embeddings=bank,
+            candidates_per_pick=self.plan.candidates_per_pick,
             duplicate_distance=self.plan.duplicate_distance,
             among=self._in_oracle_domain(),
             client=client,

@@ -5,7 +5,7 @@ Shapes: N pool rows, R clusters, d embedding dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -129,6 +129,7 @@ def select(
     noise_std: float,
     generator: torch.Generator,
     full_embeddings: Rows | None = None,
+    candidates_per_pick: float | None = None,
     duplicate_distance: float = DUPLICATE_DISTANCE,
     among: Indices | None = None,
     client: Tensor | None = None,
@@ -140,7 +141,9 @@ def select(
     finds the core of it, the densest rows with ``CORE_SHARE`` of the client's images. Each cluster
     gets a quota in proportion to the density of its core rows (``water_fill``), filled by diverse
     ones of them. A core with fewer rows than asked for is taken whole, and the next densest rows
-    fill up: the size is always reached.
+    fill up: the size is always reached. Of many more rows than are needed the diverse ones are the
+    odd ones, and kinds of images that vary little come too short; ``candidates_per_pick`` bounds
+    how many there are to choose from.
 
     The others are baselines and need no counts. ``all`` and ``random`` look at nothing;
     ``cluster_uniform`` takes equally many from each cluster, at random, and what a small cluster
@@ -163,9 +166,12 @@ def select(
         size: Rows wanted; all distinct rows if the pool holds fewer.
         strategy: One of ``STRATEGIES``.
         noise_std: Of the counts, in images.
-        generator: For the strategies that draw: all baselines but ``all`` and ``mak``.
+        generator: For the strategies that draw: all baselines but ``all`` and ``mak``, and ``ecos``
+            with ``candidates_per_pick``.
         full_embeddings: [N, D] unit rows of which ``embeddings`` are an orthogonal projection:
             near-duplicates are told by them. None: by ``embeddings``.
+        candidates_per_pick: Rows of a cluster's core, drawn at random, for each of its quota; the
+            rest of the core comes after them. None: all of the core, for ``ecos``.
         duplicate_distance: Images this near or nearer are near-duplicates; 0: none are.
         among: Rows of the client's domain, for ``oracle``.
         client: [n, d], the client's embeddings in the space of ``embeddings``, for ``NOT_PRIVATE``.
@@ -189,7 +195,14 @@ def select(
         relevant, core = densest_rows(
             row_densities, noisy_counts, noise_std, shares=(1.0, CORE_SHARE)
         )
-        best = _CoreFirst(row_densities, core, assignments, embeddings, centroids, device)
+        shares = _sums_by_cluster(row_densities, core, assignments, num_clusters)
+        parts = [core]
+        if candidates_per_pick is not None:
+            room = _cluster_sizes(assignments[core], num_clusters)
+            quotas = water_fill(shares, room, min(size, int(room.sum())))
+            wanted = (candidates_per_pick * quotas.double()).ceil()
+            parts.insert(0, _drawn(core, assignments, wanted, generator))
+        best = _CoreFirst(row_densities, shares, parts, assignments, embeddings, centroids, device)
         chosen, num_duplicates = _take(best, size, distinct)
         num_relevant = _cluster_sizes(assignments[relevant], num_clusters)
         kept = (num_relevant > 0) & (2 * num_relevant >= sizes)
@@ -240,35 +253,66 @@ class _Listed:
         return given
 
 
+def _sums_by_cluster(
+    values: Tensor, marked: Tensor, assignments: Tensor, num_clusters: int
+) -> Tensor:
+    """Sum [R] float64 of the values of each cluster's marked rows."""
+    sums = torch.zeros(num_clusters, dtype=torch.float64)
+    sums.index_add_(0, assignments[marked].long(), values[marked].double())
+    return sums
+
+
+def _drawn(
+    marked: Tensor, assignments: Tensor, numbers: Tensor, generator: torch.Generator
+) -> Tensor:
+    """So many of each cluster's marked rows [N] as the numbers [R] say, or all, at random."""
+    places = torch.nonzero(marked).flatten()
+    places = places[torch.randperm(len(places), generator=generator)]
+    clusters, order = assignments[places].long().sort(stable=True)
+    sizes = torch.bincount(clusters, minlength=len(numbers))
+    firsts = sizes.cumsum(0) - sizes
+    before = torch.arange(len(places)) - firsts[clusters]  # of the same cluster
+    kept = torch.zeros_like(marked)
+    kept[places[order[before < numbers[clusters]]]] = True
+    return kept
+
+
 class _CoreFirst:
-    """Diverse rows of the core by ever larger quotas until it is used up; then the next densest."""
+    """Diverse rows of the core by ever larger quotas until it is used up; then the next densest.
+
+    Of its parts, each in the next one, the first is used up before the second.
+    """
 
     def __init__(
         self,
         row_densities: Tensor,
-        core: Tensor,
+        shares: Tensor,
+        parts: Sequence[Tensor],
         assignments: Tensor,
         embeddings: Rows,
         centroids: Tensor,
         device: torch.device | str,
     ) -> None:
-        self._densities, self._core = row_densities, core
+        self._densities, self._shares, self._parts = row_densities, shares, list(parts)
         self._table, self._device = (embeddings, assignments, centroids), device
-        self._room = _cluster_sizes(assignments[core], len(centroids))
-        self._shares = torch.zeros(len(centroids), dtype=torch.float64)
-        self._shares.index_add_(0, assignments[core].long(), row_densities[core].double())
-        self._quotas = torch.zeros_like(self._room)
-        self._total = 0
         self._given = np.empty(0, np.int64)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin the next part, from as many rows of each cluster as have been given."""
+        _, assignments, centroids = self._table
+        self._room = _cluster_sizes(assignments[self._parts[0]], len(centroids))
+        self._quotas = _cluster_sizes(assignments[torch.from_numpy(self._given)], len(centroids))
+        self._total = len(self._given)
 
     def more(self, number: int) -> Indices:
-        while self._total < int(self._room.sum()):
+        while self._total < int(self._room.sum()) or self._next_part():
             self._total = min(self._total + number, int(self._room.sum()))
             quotas = water_fill(self._shares, self._room, self._total)
             # A cluster whose quota has not grown has nothing new to give.
             asked = torch.where(quotas > self._quotas, quotas, 0)
             picks = diverse_picks(
-                *self._table, asked, candidates=self._core, device=self._device
+                *self._table, asked, candidates=self._parts[0], device=self._device
             ).numpy()
             self._quotas = quotas.maximum(self._quotas)
             rows = picks[~np.isin(picks, self._given)]
@@ -278,6 +322,13 @@ class _CoreFirst:
             rows = next_densest(self._densities, number, self._given)
         self._given = np.concatenate([self._given, rows])
         return rows
+
+    def _next_part(self) -> bool:
+        if len(self._parts) == 1:
+            return False
+        del self._parts[0]
+        self._begin()
+        return self._total < int(self._room.sum())
 
 
 def _take(preference: _Preference, size: int | None, distinct: DistinctRows) -> tuple[Indices, int]:

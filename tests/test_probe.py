@@ -335,3 +335,13 @@ def test_the_global_random_state_is_left_alone(world):
     state = torch.get_rng_state()
     world.probe(labeler=PrototypeLabeler(CLASSES, num_dims=4, num_views=2)).run()
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_candidates_count_as_part_of_the_plan_once_there_are_any(world):
+    plain, drawn = (
+        world.probe(dataclasses.replace(PLAN, size=20, candidates_per_pick=number))
+        for number in (None, 1.0)
+    )
+    assert plain.fingerprint == world.probe(dataclasses.replace(PLAN, size=20)).fingerprint
+    assert plain.fingerprint != drawn.fingerprint
+    assert len(drawn.run().indices) == 20

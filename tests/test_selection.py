@@ -192,6 +192,57 @@ def test_quotas_are_proportional_to_the_density_of_the_core():
     assert found.num_filled_up == 0
 
 
+def test_candidates_bound_what_is_diverse():
+    arguments = pool(1000)
+    counts = torch.tensor([60, 50, 1, -1, 0, 50, 1, 0, -1, 0])
+    options = {"noise_std": 1.0, "size": 40}
+    all_of_it = chosen(counts, *arguments, **options)
+    enough = chosen(counts, *arguments, **options, candidates_per_pick=1000)
+    assert torch.equal(enough.indices, all_of_it.indices)
+    few = chosen(counts, *arguments, **options, candidates_per_pick=2)
+    assert torch.equal(few.quotas, all_of_it.quotas)
+    assert not torch.equal(few.indices, all_of_it.indices)
+    # The diverse ones of twice as many: those that plain greedy takes of what was drawn.
+    _, _, core = steps(counts, *arguments, noise_std=1.0)
+    assert core[few.indices].all()
+    drawn = selection._drawn(core, arguments[0], 2 * all_of_it.quotas, generator())
+    assert torch.equal(torch.bincount(arguments[0][drawn], minlength=10), 2 * all_of_it.quotas)
+    expected = diverse_picks.diverse_picks(
+        arguments[1], arguments[0], arguments[2], few.quotas, candidates=drawn
+    )
+    assert few.indices.tolist() == sorted(expected.tolist())
+
+
+def test_one_candidate_a_pick_is_a_uniform_draw_from_each_cluster():
+    arguments = pool(300)
+    counts = torch.tensor([60, 50, 1, -1, 0, 50, 1, 0, -1, 0])
+    _, _, core = steps(counts, *arguments, noise_std=1.0)
+    options = {"noise_std": 1.0, "size": int(core.sum()) // 3, "candidates_per_pick": 1}
+    hits = torch.zeros(300)
+    for seed in range(300):
+        found = chosen(counts, *arguments, **options, generator=generator(seed))
+        hits[found.indices] += 1
+    room = torch.bincount(arguments[0][core], minlength=10)
+    chance = (found.quotas / room.clamp_min(1))[arguments[0]] * core
+    assert (hits - 300 * chance).abs().max() < 6 * math.sqrt(300 * 0.25)
+
+
+def test_where_the_candidates_are_copies_the_rest_of_the_core_follows():
+    assignments, embeddings, centroids = pool(300)
+    for cluster in (0, 1, 5):  # of each, every second row is the same picture
+        rows = torch.nonzero(assignments == cluster).flatten()[::2]
+        embeddings[rows] = embeddings[rows[0]].clone()
+    counts = torch.tensor([60, 50, 1, -1, 0, 50, 1, 0, -1, 0])
+    arguments = (counts, assignments, embeddings, centroids)
+    _, _, core = steps(*arguments, noise_std=1.0)
+    size = len(torch.unique(embeddings[core], dim=0))  # all there is
+    options = {"noise_std": 1.0, "size": size, "duplicate_distance": 1e-4}
+    found = chosen(*arguments, **options, candidates_per_pick=1)
+    assert core[found.indices].all()
+    assert len(torch.unique(embeddings[found.indices], dim=0)) == len(found.indices) == size
+    assert found.num_duplicates > 0
+
+
 FIRST_HALF = np.arange(150)
 
 

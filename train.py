@@ -134,7 +134,7 @@ def _train(config: Config, folder: Path, logger: Any, start: float) -> dict[str,
     from callbacks.launched_processes import children_end_too, probe_here_if_workers_cannot_tell
     from datamodules.from_config import datamodule_of, scenario_of, teacher_of
     from ecos_pl.client_mailbox import deliver
-    from ecos_pl.config_checks import check_labels, check_selection
+    from ecos_pl.config_checks import check_labels, check_rounds, check_selection
     from ecos_pl.environment import environment_facts
     from ecos_pl.model_file import save_model
     from ecos_pl.report import write_report
@@ -142,6 +142,7 @@ def _train(config: Config, folder: Path, logger: Any, start: float) -> dict[str,
     from ecos_pl.summary import print_summary, summarise
 
     check_labels(config)
+    check_rounds(config)
     check_selection(config)
     scenario = scenario_of(config)
     teacher = teacher_of(config, scenario, partial(teacher_trainer, config))
@@ -149,11 +150,8 @@ def _train(config: Config, folder: Path, logger: Any, start: float) -> dict[str,
     module = _module(config, scenario, folder, datamodule, teacher)
     rounds = label_rounds_of(config, folder)
     trainer, timer = trainer_of(config, folder, logger, [rounds] if rounds else [])
-    if isinstance(config.task, CompressionOptions):
-        if trainer.world_size > 1:
-            raise ConfigError("task=compression trains on one device: add trainer.devices=1")
-        if rounds:
-            raise ConfigError("labels.rounds: task=compression prunes the backbone; leave them out")
+    if isinstance(config.task, CompressionOptions) and trainer.world_size > 1:
+        raise ConfigError("task=compression trains on one device: add trainer.devices=1")
     metrics = []
     with children_end_too(trainer):
         probe_here_if_workers_cannot_tell(trainer, datamodule)

@@ -124,16 +124,10 @@ def teacher_trainer(config: Config, folder: Path) -> Trainer:
 
 
 def label_rounds_of(config: Config, folder: Path) -> LabelRounds | None:
-    """What asks for further rounds of labels; None where none are wanted.
-
-    Raises:
-        ConfigError: There is no proxy set to ask labels for.
-    """
+    """What asks for further rounds of labels; None where none are wanted."""
     options = config.labels
     if not isinstance(options, ClientPrototypesOptions) or not options.rounds:
         return None
-    if config.train_on == "client":
-        raise ConfigError("labels.rounds goes with task=self_labeling on the proxy set")
     return LabelRounds(options.rounds, folder / "rounds")
 
 
@@ -176,10 +170,10 @@ def _is_for_tpus(strategy: str) -> bool:
 
 def shown(config: Config) -> dict[str, Any]:
     """The config for a logger: a mailbox's address without the password it may hold."""
-    shown = to_dict(config)
+    plain = to_dict(config)
     if isinstance(config.client, MailboxOptions):
-        shown["client"]["url"] = printable_url(config.client.url)
-    return shown
+        plain["client"]["url"] = printable_url(config.client.url)
+    return plain
 
 
 def _models_to_start_from(config: Config) -> dict[str, Path]:

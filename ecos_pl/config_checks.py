@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 
 from ecos_pl.config import (
+    ClientPrototypesOptions,
     Config,
     DistillationOptions,
     MailboxOptions,
     NoLabelsOptions,
+    SelfLabelingOptions,
 )
 from ecos_pl.overrides import ConfigError
 from ecos_pl.selection import NOT_PRIVATE
@@ -39,6 +41,30 @@ def check_labels(config: Config) -> None:
             "labels=%s spends privacy on labels that task.label_weight=0 does not use; labels=none "
             "asks for none",
             config.labels.name,
+        )
+
+
+def check_rounds(config: Config) -> None:
+    """Refuse rounds of labels that the rest of the config leaves no place for.
+
+    Raises:
+        ConfigError: There is no training on a proxy set, its backbone is not the encoder's, or it
+            ends before the last round.
+    """
+    options, task = config.labels, config.task
+    if not isinstance(options, ClientPrototypesOptions) or not options.rounds:
+        return
+    if config.train_on == "client" or not isinstance(task, SelfLabelingOptions):
+        raise ConfigError("labels.rounds goes with task=self_labeling on the proxy set")
+    if task.backbone != config.encoder.name:
+        raise ConfigError(
+            f"labels.rounds: the client trusts the architecture of encoder.name="
+            f"{config.encoder.name} alone, so task.backbone must be it, not {task.backbone}"
+        )
+    if 0 <= config.trainer.max_epochs <= options.rounds[-1]:
+        raise ConfigError(
+            f"labels.rounds={options.rounds} is not over before the training is "
+            f"(trainer.max_epochs={config.trainer.max_epochs})"
         )
 
 

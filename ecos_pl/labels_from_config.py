@@ -14,12 +14,10 @@ from ecos_pl.config import (
     HumanLabelsOptions,
     NoLabelsOptions,
     PublicLabelsOptions,
-    SelfLabelingOptions,
 )
 from ecos_pl.images import ImageSource
 from ecos_pl.labeling import Labeler, NoLabels, PublicLabeler, RoundPlan
 from ecos_pl.outsourced_labels import OutsourcedLabels
-from ecos_pl.overrides import ConfigError
 from ecos_pl.prototype_labeler import PrototypeLabeler
 from ecos_pl.relabeling import FirstLabels, Relabeler
 from ecos_pl.run_folder import newest_checkpoint
@@ -34,9 +32,6 @@ def labeler_of(config: Config, classes: Sequence[str], folder: Path) -> Labeler:
         config: Of the run.
         classes: The client's, in its order.
         folder: Of the run.
-
-    Raises:
-        ConfigError: Rounds of labels do not go with the rest of the config.
     """
     if isinstance(config.labels, ClientPrototypesOptions):
         return PrototypeLabeler(
@@ -45,7 +40,7 @@ def labeler_of(config: Config, classes: Sequence[str], folder: Path) -> Labeler:
             num_views=config.labels.num_views,
             noise_multiplier=config.labels.noise_multiplier,
             features=config.labels.features,
-            rounds=_rounds(config, folder),
+            rounds=_rounds(config.labels, folder),
         )
     if isinstance(config.labels, ClientTableOptions):
         return TableLabeler(
@@ -102,24 +97,10 @@ def relabeler_of(config: Config, pool: ImageSource, folder: Path) -> Relabeler |
     )
 
 
-def _rounds(config: Config, folder: Path) -> RoundPlan | None:
+def _rounds(options: ClientPrototypesOptions, folder: Path) -> RoundPlan | None:
     """Further rounds of labels; the run's name makes them its own."""
-    options, task = config.labels, config.task
-    assert isinstance(options, ClientPrototypesOptions)
     if not options.rounds:
         return None
-    if not isinstance(task, SelfLabelingOptions):
-        raise ConfigError("labels.rounds goes with task=self_labeling on the proxy set")
-    if task.backbone != config.encoder.name:
-        raise ConfigError(
-            f"labels.rounds: the client trusts the architecture of encoder.name="
-            f"{config.encoder.name} alone, so task.backbone must be it, not {task.backbone}"
-        )
-    if 0 <= config.trainer.max_epochs <= options.rounds[-1]:
-        raise ConfigError(
-            f"labels.rounds={options.rounds} is not over before the training is "
-            f"(trainer.max_epochs={config.trainer.max_epochs})"
-        )
     return RoundPlan(
         tuple(options.rounds), options.round_num_dims, options.round_features, run=folder.name
     )

@@ -155,8 +155,9 @@ def select(
     the pool), and the next rows take the others' places: larger quotas, then the next densest
     rows; more of the strategy's order; none for ``all``.
 
-    Takes about 16 bytes of memory a row, up to 24 for ``random``, 48 for ``cluster_uniform``, and
-    chunks; besides, what `KCenter` and `NearestInTurn` say.
+    Takes about 16 bytes of memory a row, up to 24 for ``random``, 48 for ``cluster_uniform``, as
+    much for each row of the core with ``candidates_per_pick``, and chunks; besides, what `KCenter`
+    and `NearestInTurn` say.
 
     Args:
         noisy_counts: [R], the client's answer; None for the baselines.

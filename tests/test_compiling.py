@@ -5,7 +5,9 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
+from ecos_pl.modules import compiling
 from ecos_pl.modules.compiling import CompiledPass
 
 
@@ -115,6 +117,23 @@ def test_without_a_compiler_training_goes_on(module, monkeypatch):
     with pytest.warns(UserWarning, match="nothing is compiled on this cpu: no compiler here$"):
         results, _ = CompiledPass(module.forward, module)(images())
     assert results.requires_grad
+
+
+def test_where_weights_are_shared_out_there_is_no_trial(module, monkeypatch):
+    made = compiler(monkeypatch)
+    monkeypatch.setattr(compiling, "SingleDeviceStrategy", DDPStrategy)  # this one is neither now
+    step = CompiledPass(module.forward, module)
+    step(images())
+    assert module.num_calls == 1
+    assert len(made) == 2  # something small, and the pass
+
+    def broken(function):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    step.try_again()
+    with pytest.warns(UserWarning, match="nothing is compiled on this cpu: no compiler here$"):
+        step(images())
 
 
 @pytest.mark.slow

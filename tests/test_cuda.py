@@ -207,7 +207,7 @@ def test_every_task_trains_in_every_precision(run, tmp_path, name, precision):
 
 @pytest.mark.parametrize("name", ["supervised", "fixmatch", "distillation", "compression"])
 def test_compiled_steps_train(run, name):
-    """Or others do: PyTorch 2.11 cannot compile a ResNet whose last map is one pixel."""
+    """A ResNet whose last map is one pixel may go on uncompiled, as PyTorch 2.11 made it do."""
     _, said = run(name, "task.compile=true", "trainer.precision=bf16-mixed")
     if name != "compression":
         assert "nothing is compiled" not in said

@@ -12,14 +12,18 @@ from job_processes import nursery_in
 from safetensors import safe_open
 from test_jobs import PROBE, delivered, summary
 
+import train
 from ecos_pl.accounting import epsilon_of
 from ecos_pl.client import Client
+from ecos_pl.config_checks import check_rounds
+from ecos_pl.config_files import load_config
 from ecos_pl.coverage import coverage_release
 from ecos_pl.images import scan_folder
 from ecos_pl.label_rounds import LabelRound, share_changed
 from ecos_pl.labeling import RoundPlan
 from ecos_pl.ledger import Ledger
 from ecos_pl.messages import MessageError
+from ecos_pl.overrides import ConfigError
 from ecos_pl.probe_result import ProbeResult
 from ecos_pl.prototype_labeler import PrototypeLabeler
 from ecos_pl.proxy_set import ProxySet
@@ -193,6 +197,14 @@ def test_a_plan_that_cannot_be_is_one_line(job, overrides, words):
     assert status == 2
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("task", ["distillation", "compression"])
+def test_rounds_are_for_self_labelling(task):
+    argv = ["labels.rounds=[1]", f"task={task}"]
+    config = load_config([*argv, "task.teacher=model.safetensors"], config_dir=train.CONFIG_DIR)
+    with pytest.raises(ConfigError, match="goes with task=self_labeling on the proxy set"):
+        check_rounds(config)
 
 
 @pytest.mark.parametrize("epochs", [(3,), (2, 4, 6)])
